@@ -1,0 +1,69 @@
+"""The vocabulary of Dora: every value that one part hands to another.
+
+All types are frozen pydantic models (or named tuples) in SI units: `_s` seconds, `_bytes`,
+`_j` joules, `_w` watts, `_bytes_per_s`. Times and energies are floats, bytes are ints.
+This package imports neither torch nor anything of dora; `dora/files.py` reads and writes files.
+
+cluster.py   PowerMode, Device, Medium, Link, Cluster
+profile.py   Timing, BlockCost, BlockProfile, TiedParameter, ModelProfile, Workload, QoE
+plan.py      Replica, Stage, BoundaryCodec, DeviceMemory, Cost, Plan, routes_from_shares, warmup_for
+schedule.py  Action, Transfer, Schedule
+timeline.py  Span, Energy, Timeline, Decision
+"""
+
+from dora.spec.base import SCHEMA_VERSION, Spec
+from dora.spec.cluster import Cluster, Device, Link, Medium, PowerMode
+from dora.spec.plan import (
+    BoundaryCodec,
+    Cost,
+    DeviceMemory,
+    Plan,
+    Replica,
+    Stage,
+    routes_from_shares,
+    warmup_for,
+)
+from dora.spec.profile import (
+    BlockCost,
+    BlockProfile,
+    ModelProfile,
+    QoE,
+    TiedParameter,
+    Timing,
+    Workload,
+)
+from dora.spec.schedule import ACTION_KINDS, Action, Schedule, Transfer
+from dora.spec.timeline import Decision, Energy, Span, Timeline
+
+__all__ = [
+    "ACTION_KINDS",
+    "Action",
+    "BlockCost",
+    "BlockProfile",
+    "BoundaryCodec",
+    "Cluster",
+    "Cost",
+    "Decision",
+    "Device",
+    "DeviceMemory",
+    "Energy",
+    "Link",
+    "Medium",
+    "ModelProfile",
+    "Plan",
+    "PowerMode",
+    "QoE",
+    "Replica",
+    "SCHEMA_VERSION",
+    "Schedule",
+    "Span",
+    "Spec",
+    "Stage",
+    "TiedParameter",
+    "Timeline",
+    "Timing",
+    "Transfer",
+    "Workload",
+    "routes_from_shares",
+    "warmup_for",
+]
