@@ -1,0 +1,37 @@
+"""Measures what the planner needs to know: the blocks of a model and the links of a network.
+
+compute.py   runs a chain of blocks on this device -> ModelProfile
+passes.py    one micro-batch through the chain, forward and backward block by block
+probes.py    what is watched meanwhile: time, operations, bytes
+link.py      times messages between the ranks of a process group -> rates, latencies, Cluster
+wire.py      the messages that this takes
+replay.py    the same profiles from files, and several devices' profiles as one
+"""
+
+from dora.profiler.compute import profile_model
+from dora.profiler.link import (
+    FlowRate,
+    LinkRate,
+    contention,
+    measure_concurrent,
+    measure_links,
+    parallelism,
+    to_cluster,
+)
+from dora.profiler.passes import BlockChain, resize_batch
+from dora.profiler.replay import load_profiles, merge_profiles
+
+__all__ = [
+    "BlockChain",
+    "FlowRate",
+    "LinkRate",
+    "contention",
+    "load_profiles",
+    "measure_concurrent",
+    "measure_links",
+    "merge_profiles",
+    "parallelism",
+    "profile_model",
+    "resize_batch",
+    "to_cluster",
+]
