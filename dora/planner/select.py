@@ -1,0 +1,200 @@
+"""Chooses among predicted placements, and says in words what became of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dora.planner.limits import Limit, broken
+from dora.planner.predict import Group, Layout, Prediction, Setting, to_plan
+from dora.spec import Device, Plan
+
+# A preview has to fit a screen.
+MAX_PLANS = 12
+MAX_REJECTED = 40
+
+Placement = tuple[tuple[int, ...], ...]
+
+
+class Candidate(NamedTuple):
+    """A layout with its exact prediction.
+
+    Attributes:
+        failed: Limits that it breaks and the values that break them, worst first.
+        memory_share: Largest share of any device's memory that it needs.
+    """
+
+    layout: Layout
+    prediction: Prediction
+    known: Setting
+    failed: tuple[tuple[Limit, float], ...]
+    memory_share: float
+
+    @property
+    def placement(self) -> Placement:
+        """The devices of each stage."""
+        return tuple(group.devices for group in self.layout.groups)
+
+    def value(self, objective: str) -> float:
+        """Returns seconds or joules."""
+        if objective == "time":
+            return self.prediction.makespan_s
+        return self.prediction.total_j
+
+    def order(self, objective: str) -> tuple[object, ...]:
+        """Sorts by objective, then by the other criteria, then by what never ties.
+
+        Nine digits: sums in another order differ in the last bits, which must not decide.
+        """
+        other = "energy" if objective == "time" else "time"
+        criteria = (self.value(objective), self.value(other), self.memory_share)
+        return (*(float(f"{value:.9g}") for value in criteria), *self.layout)
+
+
+def best_single(found: Sequence[Candidate], objective: str) -> Candidate | None:
+    """Returns the best candidate on one device, preferring those that keep the limits."""
+    singles = [c for c in found if len(c.layout.devices) == 1]
+    return min(singles, key=lambda c: (bool(c.failed), c.order(objective)), default=None)
+
+
+def kept(found: Sequence[Candidate], objective: str, single: Candidate | None) -> list[Candidate]:
+    """Returns at most `MAX_PLANS` candidates that no other one beats, best first.
+
+    Of a larger front the extremes stay, and between them every n-th. The best single device is
+    added unless it breaks a limit: it is what every plan is compared with.
+    """
+    front = pareto([c for c in found if not c.failed], objective)
+    extremes = [
+        min(front, key=lambda c, key=key: key(c), default=None)  # type: ignore[misc]
+        for key in (
+            lambda c: c.order(objective),
+            lambda c: c.order("energy" if objective == "time" else "time"),
+            lambda c: (c.memory_share, c.order(objective)),
+        )
+    ]
+    chosen = [c for c in [*extremes, single] if c is not None and not c.failed]
+    spread = np.linspace(0, len(front) - 1, MAX_PLANS).round().astype(int).tolist()
+    for candidate in [front[i] for i in spread] if front else []:
+        if len({c.layout for c in chosen}) < MAX_PLANS:
+            chosen.append(candidate)
+    distinct = {c.layout: c for c in chosen}
+    return sorted(distinct.values(), key=lambda c: c.order(objective))
+
+
+def pareto(found: Iterable[Candidate], objective: str) -> list[Candidate]:
+    """Returns the candidates that none beats in time, energy and memory, best first.
+
+    Of several that are equal in all three, the first one in order stays.
+    """
+    front: list[Candidate] = []
+    values: list[tuple[object, ...]] = []
+    for candidate in sorted(found, key=lambda c: c.order(objective)):
+        # In this order a later one never beats an earlier one in the objective.
+        own = candidate.order(objective)[:3]
+        if not any(all(a <= b for a, b in zip(v, own, strict=True)) for v in values):  # type: ignore[operator]
+            front.append(candidate)
+            values.append(own)
+    return front
+
+
+def to_plans(chosen: Iterable[Candidate], names: Sequence[str]) -> list[Plan]:
+    """Returns the candidates as plans of a cluster with devices `names`."""
+    return [to_plan(c.layout, c.prediction, c.known, names) for c in chosen]
+
+
+def describe(groups: Sequence[Group], devices: Sequence[Device], num_microbatches: int) -> str:
+    """Returns for example 'phone[0-3] | laptop+hub[4-11] x8'."""
+    stages = (
+        f"{'+'.join(devices[d].name for d in g.devices)}[{g.first}-{g.end - 1}]" for g in groups
+    )
+    return f"{' | '.join(stages)} x{num_microbatches}"
+
+
+def rejections(
+    found: Sequence[Candidate],
+    chosen: Sequence[Candidate],
+    unfit: Mapping[Placement, str],
+    unwalked: Mapping[Placement, tuple[float, float]],
+    settings: Sequence[Setting],
+) -> list[tuple[str, str]]:
+    """Returns what was not kept and why: one entry per order of devices, fastest first."""
+    known = settings[0]
+    done = {c.placement for c in chosen}
+    entries: list[tuple[float, str, str]] = []
+    for candidate in sorted(found, key=lambda c: (bool(c.failed), c.order("time"))):
+        if candidate.placement not in done:
+            done.add(candidate.placement)
+            text = describe(candidate.layout.groups, known.devices, len(candidate.layout.routes))
+            entries.append((candidate.value("time"), text, _why(candidate, chosen)))
+    for placement, (bound_s, bound_j) in unwalked.items():
+        if placement not in done:
+            text = " | ".join("+".join(known.devices[d].name for d in g) for g in placement)
+            reason = unfit.get(placement) or _why_unwalked(placement, bound_s, bound_j, known)
+            # Without any room there is no time to sort by; a device that can not do it alone is
+            # what the user wants to know first.
+            is_alone = len(placement) == len(placement[0]) == 1
+            none = 0.0 if is_alone else float("inf")
+            entries.append((bound_s if np.isfinite(bound_s) else none, text, reason))
+    entries.sort(key=lambda entry: entry[:2])
+    shown = [(text, reason) for _, text, reason in entries[:MAX_REJECTED]]
+    return [*shown, ("all others", "their bounds exceed the plans kept or the QoE")]
+
+
+def _why(candidate: Candidate, chosen: Sequence[Candidate]) -> str:
+    """Returns why a walked candidate is not among the chosen."""
+    if candidate.failed:
+        return "breaks " + ", ".join(f"{limit}: {value:.4g}" for limit, value in candidate.failed)
+    figures = f"{candidate.value('time'):.4g} s, {candidate.value('energy'):.4g} J"
+    better = next(
+        (
+            c
+            for c in chosen
+            if c.value("time") <= candidate.value("time")
+            and c.value("energy") <= candidate.value("energy")
+            and c.memory_share <= candidate.memory_share
+        ),
+        None,
+    )
+    if better is None:
+        return f"{figures}: no better than the plans kept around it"
+    text = describe(better.layout.groups, better.known.devices, len(better.layout.routes))
+    return f"{figures}: worse than {text}"
+
+
+def _why_unwalked(placement: Placement, bound_s: float, bound_j: float, known: Setting) -> str:
+    """Returns why a placement was rejected by its bounds alone."""
+    if np.isfinite(bound_s):
+        return f"takes at least {bound_s:.4g} s and {bound_j:.4g} J"
+    for a, b in zip(placement, placement[1:], strict=False):
+        for src, dst in [(d, e) for d in a for e in b]:
+            pairs = ((src, dst), (dst, src)) if known.training else ((src, dst),)
+            for i, j in pairs:
+                if not np.isfinite(known.links.latency_s[i, j]):
+                    return f"no link {known.devices[i].name} -> {known.devices[j].name}"
+    return "no split fits the memory, the number of blocks or of micro-batches"
+
+
+def nearest_text(
+    found: Sequence[Candidate], wanted: Sequence[Limit], unfit: Mapping[Placement, str]
+) -> str:
+    """Returns in one line which bound no plan keeps, and the plan that comes nearest."""
+    if not found:
+        reasons = "; ".join(sorted(set(unfit.values()))[:3])
+        return f"no placement fits the memory: {reasons}" if reasons else "no placement exists"
+    judged = [
+        c._replace(failed=broken(tuple(wanted), c.layout, c.prediction, c.known)) for c in found
+    ]
+    nearest = min(judged, key=lambda c: (_excess(c), c.order("time")))
+    text = describe(nearest.layout.groups, nearest.known.devices, len(nearest.layout.routes))
+    names = ", ".join(f"{limit} (it reaches {value:.4g})" for limit, value in nearest.failed)
+    return (
+        f"no plan keeps {names}; nearest: {text} takes "
+        f"{nearest.value('time'):.4g} s and {nearest.value('energy'):.4g} J"
+    )
+
+
+def _excess(candidate: Candidate) -> float:
+    """Returns by which factor the worst limit is broken."""
+    return max((limit.excess(value) for limit, value in candidate.failed), default=0.0)
