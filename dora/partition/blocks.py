@@ -86,6 +86,7 @@ class Chain:
         ends: Index of the last unit call of each block.
         parameters, buffers: Who uses which tensor.
         state_keys: The user's module's state-dict names, in order.
+        glue_writes: Code between units overwrites what a unit returned.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class Chain:
         parameters: Tensors,
         buffers: Tensors,
         state_keys: Sequence[str],
+        *,
+        glue_writes: bool = False,
     ) -> None:
         self.module = module
         self.calls = tuple(calls)
@@ -103,6 +106,7 @@ class Chain:
         self.parameters = parameters
         self.buffers = buffers
         self.state_keys = tuple(state_keys)
+        self.glue_writes = glue_writes
         starts = [0, *(end + 1 for end in self.ends[:-1])]
         self.names = tuple(
             self.calls[a] if a == b else f"{self.calls[a]}..{self.calls[b]}"
@@ -263,6 +267,7 @@ def _cut_modules(
             _keys(buffer_names, original_name),
         ),
         list(dict.fromkeys(original_name(key) for key in module.state_dict())),
+        glue_writes=traced.glue_writes,
     )
 
 

@@ -27,11 +27,13 @@ class Trace:
             (rotary tables, masks): every stage runs it, so it is not listed.
         invalid_cuts: Positions c such that a value from before c is needed after c.
         glue_parameters: Parameters used outside all units -> positions of the next unit call.
+        glue_writes: Code between units overwrites what a unit returned.
     """
 
     calls: list[str] = field(default_factory=list)
     invalid_cuts: set[int] = field(default_factory=set)
     glue_parameters: dict[str, set[int]] = field(default_factory=dict)
+    glue_writes: bool = False
 
 
 def trace(
@@ -56,7 +58,7 @@ def trace(
         # Units that proved to be glue are dropped, and positions counted again without them.
         constant = {name for name in flow.outcome if not flow.outcome[name]}
         if not constant:
-            return Trace(flow.calls, flow.invalid_cuts(), flow.glue_parameters)
+            return Trace(flow.calls, flow.invalid_cuts(), flow.glue_parameters, flow.glue_writes)
         units = {key: name for key, name in units.items() if name not in constant}
 
 
@@ -93,6 +95,7 @@ class _Flow(TorchDispatchMode):
         self.calls: list[str] = []
         self.outcome: dict[str, bool] = {}
         self.glue_parameters: dict[str, set[int]] = {}
+        self.glue_writes = False
         self._needs: set[tuple[float, float]] = set()
         self._inside: int | None = None
         self._marks: dict[int, frozenset[float]] = {}
@@ -114,6 +117,7 @@ class _Flow(TorchDispatchMode):
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._mark(value, marks | self._marks_of(value))
+                    self.glue_writes |= self._inside is None
         return result
 
     def _marks_of(self, tree: Any) -> frozenset[float]:
