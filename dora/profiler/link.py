@@ -15,8 +15,7 @@ import torch.distributed as dist
 from dora.errors import SpecError
 from dora.profiler.wire import Wire, answer, measure, receive_flow, send_flow
 from dora.spec import Cluster, Device, Link, Medium, Spec
-
-from ..spec.base import Index, NonNegative, Positive
+from dora.spec.base import Index, NonNegative, Positive
 
 DEFAULT_SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 

@@ -1,0 +1,145 @@
+"""The values that cross a stage boundary: their structure, their shapes, their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_iter, tree_leaves, tree_unflatten
+
+# Receive buffers of one size that are kept for the next micro-batch; 1F1B needs about as many.
+_MAX_FREE = 4
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """Shape, dtype and device of a tensor, and whether a gradient comes back for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def empty(self) -> torch.Tensor:
+        """Returns an uninitialised CPU tensor to receive into."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class BoundarySpec:
+    """A nested value in which every tensor is replaced by its LeafSpec."""
+
+    tree: TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> BoundarySpec:
+        """Describes a nested value of real or fake tensors; other leaves are kept as they are."""
+        leaves, tree = tree_flatten(value)
+        return cls(
+            tree,
+            tuple(
+                LeafSpec(x.shape, x.dtype, x.device, x.requires_grad)
+                if isinstance(x, torch.Tensor)
+                else x
+                for x in leaves
+            ),
+        )
+
+    @cached_property
+    def tensors(self) -> tuple[LeafSpec, ...]:
+        """The tensor leaves in order."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, LeafSpec))
+
+    def fill(self, tensors: list[torch.Tensor]) -> Any:
+        """Returns the nested value with these tensors in place of the specs."""
+        if self.tree.is_leaf() and tensors:
+            return tensors[0]
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(x, LeafSpec) else x for x in self.leaves]
+        return tree_unflatten(leaves, self.tree)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Returns the tensor leaves of a nested value in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def first_shape(value: Any) -> torch.Size:
+    """Returns the shape of the first tensor leaf of a nested value; empty if there is none."""
+    leaves = (leaf.shape for leaf in tree_iter(value) if isinstance(leaf, torch.Tensor))
+    return next(leaves, torch.Size())
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what determines the shapes inside a model: input shapes, values, autograd mode."""
+    leaves, tree = tree_flatten((args, kwargs))
+    described = tuple(
+        (tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else repr(x)
+        for x in leaves
+    )
+    cast = tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    )
+    return (described, str(tree), torch.is_grad_enabled(), cast)
+
+
+def digest(value: object) -> int:
+    """Returns a 62-bit hash of `repr(value)` that is equal on all ranks."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
+
+
+class Buffers:
+    """Memory for received tensors that is used again once no tensor refers to it any more.
+
+    Autograd, hooks and gradients may keep a received tensor or a part of it for any time, so a
+    buffer comes back when its storage dies, not when the schedule is done with it.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[Any]] = defaultdict(list)
+
+    def take(self, leaf: LeafSpec) -> torch.Tensor:
+        """Returns an uninitialised CPU tensor to receive into."""
+        num_bytes = leaf.shape.numel() * leaf.dtype.itemsize
+        free = self._free[num_bytes]
+        memory = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        lent = memory[:]  # the storage below holds it, and nothing else does
+        weakref.finalize(lent, _give_back, free, memory).atexit = False
+        storage = torch.from_numpy(lent).untyped_storage()
+        tensor = torch.empty(0, dtype=leaf.dtype)
+        tensor.set_(storage, 0, leaf.shape)  # type: ignore[call-overload]
+        return tensor
+
+
+def _give_back(free: list[Any], memory: Any) -> None:
+    if len(free) < _MAX_FREE:
+        free.append(memory)
+
+
+class _Arrived(torch.autograd.Function):
+    """Passes a received leaf on as a tensor that in-place modules may overwrite."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        alias = leaf.new_empty(0)
+        return alias.set_(leaf.untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return grad
+
+
+def arrived(leaf: torch.Tensor) -> torch.Tensor:
+    """Returns an alias of a received tensor; its gradient accumulates in `leaf.grad`."""
+    if not leaf.requires_grad:
+        return leaf
+    out: torch.Tensor = _Arrived.apply(leaf)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,50 @@
+"""Tells all ranks why one of them failed, so that nobody is left with 'connection closed'."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+from torch._C._distributed_c10d import Store
+
+from dora.errors import PeerLostError
+
+# Long enough for the failing rank to write its reason after its connections closed.
+_GRACE_S = 1.0
+
+
+class FailureBoard:
+    """One note per job in the rendezvous store: the first failure of any rank.
+
+    Args:
+        store: Shared by all ranks.
+        rank: This process.
+    """
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store = store
+        self._rank = rank
+
+    def report(self, error: BaseException) -> None:
+        """Writes the failure of this rank unless another one was first."""
+        note = json.dumps({"rank": self._rank, "error": f"{type(error).__name__}: {error}"})
+        with contextlib.suppress(Exception):  # the store may have died with its host
+            self._store.compare_set("failure", "", note)
+
+    def explain(self, error: PeerLostError) -> PeerLostError:
+        """Returns `error` with the first failure of another rank appended, if one is known."""
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline:
+            try:
+                if self._store.check(["failure"]):
+                    note = json.loads(self._store.get("failure"))
+                    if note["rank"] == self._rank:
+                        return error
+                    return PeerLostError(
+                        f"{error}; first failure, on rank {note['rank']}: {note['error']}"
+                    )
+            except Exception:  # the store died with its host: nothing more to learn
+                return error
+            time.sleep(0.02)
+        return error

@@ -1,0 +1,149 @@
+"""The model's tensors on this rank, and the whole model's state put together from all ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora.partition import Chain
+from dora.runtime import checkpoint
+from dora.runtime.placement import drop_remote, holders
+from dora.runtime.transport import Transport
+from dora.spec import Plan
+
+_FETCH_TAG = 1
+
+
+class ModelState:
+    """Tensors that this rank holds, by the plain module's names; drops all others.
+
+    Attributes:
+        parameters: Of this rank's blocks; a tied one under its first name.
+        buffers: Of this rank's blocks.
+        holders: Ranks of every parameter and buffer of the module, in the module's order.
+    """
+
+    def __init__(
+        self, chain: Chain, plan: Plan, rank: int, transport: Transport, timeout_s: float
+    ) -> None:
+        self._chain = chain
+        self._plan = plan
+        self._rank = rank
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._keys = chain.state_keys
+        self._names = {**chain.parameters.keys, **chain.buffers.keys}
+        self.holders = {
+            **holders(chain.parameters.blocks, plan),
+            **holders(chain.buffers.blocks, plan),
+        }
+        self._like = {**_named(chain.module.named_parameters), **_named(chain.module.named_buffers)}
+        here = {name for name, ranks in self.holders.items() if rank in ranks}
+        drop_remote(chain, here)
+        self._like = {name: torch.empty_like(t, device="meta") for name, t in self._like.items()}
+        parameters = _named(chain.module.named_parameters)
+        buffers = _named(chain.module.named_buffers)
+        self.parameters = {n: parameters[n] for n in chain.parameters.names if n in here}
+        self.buffers = {n: buffers[n] for n in chain.buffers.names if n in here}
+
+    def equalise(self) -> None:
+        """Gives all holders of a tensor the value that the first of them has."""
+        for name, ranks in self.holders.items():
+            tensor = self.here(name)
+            if tensor is not None and len(ranks) > 1:
+                value = tensor.detach().cpu().contiguous()
+                self._transport.broadcast(value, ranks[0], ranks, f"initial {name}")
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+    def here(self, name: str) -> torch.Tensor | None:
+        """Returns a tensor by first name, None if another rank has it."""
+        parameter = self.parameters.get(name)
+        return self.buffers.get(name) if parameter is None else parameter
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        """Returns the whole state on every rank under the plain module's keys; collective."""
+        everyone = tuple(range(len(self._plan.devices)))
+        values = {}
+        for name in self._stored():
+            values[name] = self._value(name)
+            self._transport.broadcast(
+                values[name], self.holders[name][0], everyone, f"state_dict {name}"
+            )
+        first = self._first_names()
+        return {key: values[first[key]] for key in self._keys}
+
+    def load(self, state: Mapping[str, torch.Tensor], *, strict: bool) -> tuple[list[str], ...]:
+        """Copies this rank's tensors from a whole state; returns missing and unexpected keys."""
+        missing = [key for key in self._keys if key not in state]
+        unexpected = [key for key in state if key not in self._keys]
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"load_state_dict: missing {missing or 'nothing'}, unexpected "
+                f"{unexpected or 'nothing'}, allowed: exactly the plain module's names"
+            )
+        with torch.no_grad():
+            for key, first in self._first_names().items():
+                target = self.here(first)
+                if target is not None and key in state:
+                    target.copy_(state[key])
+        return missing, unexpected
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file per stage on rank 0; collective."""
+        shards: list[list[str]] = [[] for _ in self._plan.stages]
+        for name in self._stored():
+            placed = self._plan.placement(self.holders[name][0])
+            assert placed is not None
+            shards[placed[0]].append(name)
+        checkpoint.write(directory, shards, self._to_rank_0)
+
+    def read(self, path: str | os.PathLike[str]) -> None:
+        """Reads this rank's tensors, and nothing else, from safetensors files."""
+        wanted = {}
+        for name in self._stored():
+            target = self.here(name)
+            if target is not None:
+                wanted[name] = self._names[name], target
+        checkpoint.read(path, wanted)
+
+    def _first_names(self) -> dict[str, str]:
+        """Returns state-dict key -> the name its tensor is stored under."""
+        keys = set(self._keys)
+        return {key: first for first, names in self._names.items() for key in names if key in keys}
+
+    def _stored(self) -> list[str]:
+        """Returns the first name of every tensor of the state dict, in its order."""
+        first = self._first_names()
+        return list(dict.fromkeys(first[key] for key in self._keys))
+
+    def _value(self, name: str) -> torch.Tensor:
+        """Returns a CPU copy of a tensor, or room for it."""
+        tensor = self.here(name)
+        if tensor is None:
+            return torch.empty_like(self._like[name], device="cpu").contiguous()
+        return tensor.detach().cpu().clone().contiguous()
+
+    def _to_rank_0(self, name: str) -> torch.Tensor | None:
+        owner, value = self.holders[name][0], self._value(name)
+        if owner != 0 and self._rank == owner:
+            pending = self._transport.send(value, 0, _FETCH_TAG, f"save {name}")
+            pending.wait(self._timeout_s)
+        if owner != 0 and self._rank == 0:
+            pending = self._transport.receive(value, owner, _FETCH_TAG, f"save {name}")
+            pending.wait(self._timeout_s)
+        return value if self._rank == 0 else None
+
+
+def _named(named: Callable[..., Any]) -> dict[str, Any]:
+    return dict(named(remove_duplicate=False))
+
+
+def local_modules(chain: Chain, positions: Sequence[int]) -> list[nn.Module]:
+    """Returns all modules inside the unit calls at those positions."""
+    units = [chain.module.get_submodule(chain.calls[position]) for position in positions]
+    return [module for unit in units for module in unit.modules()]
