@@ -1,0 +1,368 @@
+"""The command `dora`; the only part that prints, and the only reader of the environment.
+
+Whatever the user can repair is one line on stderr and exit code 2. Exit code 1 says that the
+answer is no: nothing meets the QoE, the machine can not run Dora, the demo failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from dora import catalog, views
+from dora.demo.launch import DemoError, alone_command, demo_environment, devices_command, follow
+from dora.demo.planning import NUM_RANKS
+from dora.demo.screen import Screen
+from dora.demo.worker import Settings
+from dora.doctor import examine, num_cores
+from dora.errors import DoraError, SpecError
+from dora.factory import build
+from dora.files import load, save, validate
+from dora.partition import partition
+from dora.profiler import load_profiles, profile_model
+from dora.runtime.batch import as_call
+from dora.scheduler import build_schedule, format_grid
+from dora.search import explore, measured_devices
+from dora.simulator import format_timeline
+from dora.spec import Cluster, ModelProfile, Plan, QoE, Spec, Timeline, Workload
+
+# Tables in a file or a pipe need not fit a screen.
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True, highlight=False, markup=False)
+app = typer.Typer(
+    name="dora",
+    help="Spreads one PyTorch model over the unlike devices that you already own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Result = TypeVar("Result")
+FORCE = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+_CAVEAT = """
+{ranks} processes share the {cores} cores of this machine: they add communication and no computing
+power, so they are not faster than the best single process, unless other load disturbed it. What
+this shows is that training and serving over devices works and computes the same. What a plan gains
+shows where devices have processors of their own; the emulated cluster (dora testbed, planned) will
+give each process the speed and the network of a real device.
+"""
+# Something that takes less shows no progress.
+_SHORT_S = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `dora ARGUMENTS...` and returns the exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="dora")
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has seen enough; nothing is left to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        code = _complain("stopped", 130)
+    except DemoError as error:
+        code = _complain(str(error), 1)
+    except DoraError as error:
+        # The grid below the first line of a ScheduleError is for logs.
+        code = _complain(str(error).splitlines()[0], 2)
+    except OSError as error:
+        code = _complain(f"{error.filename or 'file'}: {error.strerror}", 2)
+    except Exception as error:
+        # A wrong command line; the name of the exception depends on the version of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _complain(f"{error.format_message()} See: dora --help", 2)
+    return int(code or 0)
+
+
+def _complain(line: str, code: int) -> int:
+    err.print(f"dora: {line}", soft_wrap=True)
+    return code
+
+
+def _terminate(*_: Any) -> None:
+    raise SystemExit(143)
+
+
+@app.command()
+def devices(
+    name: Annotated[str, typer.Argument(help="A catalogue name, or a part of one.")] = "",
+) -> None:
+    """Lists the devices of the catalogue."""
+    names = [known for known in catalog.device_names() if name.lower() in known]
+    out.print(views.device_table([catalog.device(known) for known in names or [name]]))
+    out.print('In a cluster file: device = "NAME"; every value can be overridden there.')
+
+
+@app.command()
+def doctor() -> None:
+    """Says what this machine has for Dora, what is missing and how to get it."""
+    findings = list(examine(os.environ))
+    out.print(views.finding_table(findings))
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)
+    out.print("This machine can run Dora. See it work: dora demo")
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="path/file.py:FACTORY or package.module:FACTORY; "
+            "FACTORY() returns (module, inputs of one call)"
+        ),
+    ],
+    *,
+    file: Annotated[Path, typer.Option("--out", help="The profile to write.")],
+    device: Annotated[str, typer.Option(help="Name of this device in the cluster file.")] = "",
+    sizes: Annotated[str, typer.Option(help="Micro-batch sizes to measure.")] = "1,2,4,8",
+    training: Annotated[bool, typer.Option("--train/--infer", help="With backward?")] = True,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of torch; default: all cores.")
+    ] = num_cores(),
+    force: FORCE = False,
+) -> None:
+    """Measures every block of a model on this device."""
+    _check_free(file, force)
+    if not re.fullmatch(r"\d+(,\d+)*", sizes):
+        raise SpecError(f"--sizes: given {sizes!r}, allowed: counts like 1,2,4,8")
+    module, sample = build(model)
+    torch.set_num_threads(threads)
+    args, kwargs = as_call(sample)
+    chain = partition(module, args, kwargs)
+    with _progress(f"measuring {chain.num_blocks} blocks") as progress:
+        measured = profile_model(
+            chain,
+            args,
+            kwargs,
+            device_name=device or socket.gethostname(),
+            microbatch_sizes=[int(size) for size in sizes.split(",")],
+            training=training,
+            name=model,
+            progress=progress,
+        )
+    save(measured, file)
+    out.print(views.profile_table(measured))
+    out.print(f"Written: {file}. Next: dora plan {file} CLUSTER.toml", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    profile_file: Annotated[Path, typer.Argument(metavar="PROFILE.json")],
+    cluster_file: Annotated[Path, typer.Argument(metavar="CLUSTER.toml")],
+    *,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="Profile of the same model on another device; may be repeated."),
+    ] = None,
+    qoe_file: Annotated[Path | None, typer.Option("--qoe", help="Bounds and objective.")] = None,
+    training: Annotated[bool, typer.Option("--train/--infer", help="What is planned.")] = True,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples per step or request; default 32 or 1.")
+    ] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Default: the planner's choice.")] = None,
+    pick: Annotated[int, typer.Option(min=1, help="Which preview --out writes.")] = 1,
+    file: Annotated[Path | None, typer.Option("--out", help="The plan to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    force: FORCE = False,
+) -> None:
+    """Previews the plans for a model on a cluster: time, energy, memory, and what was rejected."""
+    if file is not None:
+        _check_free(file, force)
+    known = load_profiles([profile_file, *(also or [])])
+    cluster = catalog.load_cluster(cluster_file)
+    size = batch if batch is not None else (32 if training else 1)
+    workload = validate(
+        Workload,
+        {
+            "kind": "train" if training else "infer",
+            "batch_size": size,
+            "num_microbatches": microbatches,
+        },
+        source="--batch, --microbatches",
+    )
+    qoe = load(QoE, qoe_file) if qoe_file else QoE()
+    with _waiting("searching"):
+        found = explore(known, cluster, workload, qoe)
+    measured = measured_devices(known)
+    times = {d.name: "measured" if d.name in measured else "modelled" for d in cluster.devices}
+    if as_json:
+        out.print_json(json.dumps(views.result_json(found, times)))
+    else:
+        _show_plans(found, times, measured, "step" if training else "latency")
+    if not found.plans:
+        raise typer.Exit(_complain(found.problem, 1))
+    if file is not None:
+        if pick > len(found.plans):
+            raise SpecError(f"--pick: given {pick}, allowed: 1 to {len(found.plans)}")
+        save(found.plans[pick - 1], file)
+        err.print(f"Written: {file}", soft_wrap=True)
+
+
+def _show_plans(found: Any, times: dict[str, str], measured: Sequence[str], what: str) -> None:
+    out.print(views.plan_table(found.plans, found.best_single, what))
+    out.print(views.single_line(found.best_single))
+    if not found.is_optimal:
+        out.print("The search stopped at its limit: a better plan may exist.")
+    out.print(views.rejected_table(found.rejected))
+    for source in ("measured", "modelled"):
+        names = [name for name, given in times.items() if given == source]
+        if names:
+            roofline = " (catalogue roofline; measure with: dora profile)"
+            out.print(f"Times {source} for {', '.join(names)}{roofline * (source == 'modelled')}.")
+    unused = [name for name in measured if name not in times]
+    if unused:
+        out.print(f"Note: the profile of {', '.join(unused)} is of no device in this cluster.")
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A plan, profile, timeline or cluster, or a run.")],
+) -> None:
+    """Says what is in a file that Dora wrote, or how a run went."""
+    if not path.is_dir():
+        _show_file(path)
+        return
+    result = path / "results.json"
+    if not result.exists():
+        raise SpecError(f"{path}: given a folder without results.json, allowed: a finished run")
+    results = json.loads(result.read_text(encoding="utf-8"))
+    out.print(views.plan_table([load(Plan, path / "plan.json")], None, "step"))
+    out.print(views.demo_table(results["devices"], results["alone"]))
+    _show_file(path / "timeline.json")
+    out.print(f"Trace, to open in ui.perfetto.dev: {path / 'trace.json'}", soft_wrap=True)
+
+
+def _show_file(path: Path) -> None:
+    if path.suffix == ".toml":
+        _show_cluster(catalog.load_cluster(path))
+        return
+    kinds: dict[str, tuple[type[Spec], Callable[[Any], None]]] = {
+        "Plan": (Plan, _show_plan),
+        "ModelProfile": (ModelProfile, lambda spec: out.print(views.profile_table(spec))),
+        "Timeline": (Timeline, lambda spec: out.print(format_timeline(spec))),
+        "Cluster": (Cluster, _show_cluster),
+    }
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        given = str(body["schema"]).split("/", maxsplit=1)[0]
+        kind, show = kinds[given]
+    except (ValueError, KeyError, TypeError):
+        raise SpecError(
+            f"{path}: given a file without such a schema, allowed: {', '.join(kinds)} in JSON, or "
+            "a cluster in TOML"
+        ) from None
+    show(load(kind, path))
+
+
+def _show_cluster(cluster: Cluster) -> None:
+    out.print(views.device_table(cluster.devices))
+    for medium in cluster.media:
+        rate = medium.rate_bytes_per_s * 8 / 1e6
+        out.print(f"{medium.name}: {rate:.4g} Mbit/s, {medium.latency_s * 1e3:.3g} ms")
+
+
+def _show_plan(given: Plan) -> None:
+    out.print(views.plan_table([given], None, "time"))
+    if given.cost is None:
+        out.print(f"{views.describe(given)}, not priced")
+    training = given.schedule_kind != "wavefront"
+    out.print(format_grid(build_schedule(given, training=training)))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: a new dora-run.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Of training.")] = 80,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps, to see that it runs.")
+    ] = False,
+    force: FORCE = False,
+) -> None:
+    """Trains and serves a real model over four processes on this machine, and over one."""
+    settings = Settings(steps=steps)
+    if quick:
+        settings = Settings(
+            steps=min(steps, 8), held_out_batches=2, generated_chars=10, max_chars=400_000
+        )
+    folder = _new_folder(folder, force)
+    save(settings, folder / "settings.json")
+    out.print(
+        f"A character model learns the modules of Python's standard library: {NUM_RANKS} processes "
+        f"on this machine, {num_cores()} cores. Files: {folder}",
+        soft_wrap=True,
+    )
+    environment = demo_environment(os.environ)
+    with Screen(out) as screen:
+        spread = screen.show(follow(devices_command(folder), folder, environment, limit_s=600))
+        single = screen.show(follow(alone_command(folder), folder, os.environ, limit_s=600))
+    results = {"devices": spread, "alone": single}
+    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    out.print(f"\nWritten by the model after that training:\n{spread['generated']}\n")
+    out.print(views.demo_table(spread, single))
+    out.print(_CAVEAT.format(ranks=NUM_RANKS, cores=num_cores()))
+    out.print(f"plan: {folder / 'plan.json'}", soft_wrap=True)
+    out.print(f"checkpoint: {folder / 'checkpoint'}", soft_wrap=True)
+    out.print(f"trace, to open in ui.perfetto.dev: {folder / 'trace.json'}", soft_wrap=True)
+    out.print(f"all of it again: dora info {folder}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how much is done if it takes long: a bar on a terminal, else lines."""
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
+        task = bars.add_task(what, total=None)
+        start, next_s = time.monotonic(), _SHORT_S
+
+        def show(done: int, total: int) -> None:
+            nonlocal next_s
+            bars.update(task, completed=done, total=total)
+            if not err.is_terminal and time.monotonic() - start > next_s:
+                next_s *= 2
+                err.print(f"{what}: {done}/{total}")
+
+        yield show
+
+
+@contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Shows that something is going on."""
+    if err.is_terminal:
+        with err.status(what):
+            yield
+    else:
+        yield
+
+
+def _check_free(file: Path, force: bool) -> None:
+    if file.exists() and not force:
+        raise SpecError(f"{file}: exists, allowed: a new file, or --force")
+
+
+def _new_folder(folder: Path | None, force: bool) -> Path:
+    """Creates the folder of a run; without a name, the first of dora-run, dora-run-2, ..."""
+    if folder is None:
+        names = ("dora-run", *(f"dora-run-{number}" for number in range(2, 10_000)))
+        folder = next(path for path in map(Path, names) if not path.exists())
+    elif folder.exists() and any(folder.iterdir()) and not force:
+        raise SpecError(f"{folder}: exists and is not empty, allowed: a new folder, or --force")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
