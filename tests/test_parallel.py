@@ -214,7 +214,7 @@ def local_bytes(rank: int) -> tuple[int, int]:
     case = make("gpt2")
     total = sum(p.nbytes for p in case.module.parameters())
     model = build(case)
-    real = sum(p.nbytes for p in model.module.parameters() if not p.is_meta)
+    real = sum(p.untyped_storage().nbytes() for p in model.module.parameters())
     return real, total
 
 

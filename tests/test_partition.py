@@ -19,7 +19,12 @@ def cut(name: str, **options):
 
 
 def test_sequential_parameterless_layers_join_the_block_before():
-    assert cut("mlp").names == ("0..1", "2..3", "4..5", "6..7", "8")
+    layers = (nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 3))
+    assert partition(nn.Sequential(*layers), (torch.randn(2, 3),)).names == ("0..1", "2..3", "4")
+
+
+def test_unit_that_overwrites_its_input_joins_the_next_one():
+    assert cut("mlp").names == ("0", "1..2", "3..4", "5..6", "7..8")
 
 
 def test_bert_follows_its_module_list():
@@ -28,7 +33,7 @@ def test_bert_follows_its_module_list():
 
 
 def test_residual_inside_a_block_stays_inside():
-    assert "layer1.0" in cut("cnn").names
+    assert "layer1.1" in cut("cnn").names
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -49,7 +50,7 @@ def trace(
     while True:
         flow = _Flow(module, units)
         try:
-            with _undisturbed(module), flow.watched(), flow:
+            with _undisturbed(module), flow.watched(), flow, _Reads(flow):
                 flow.finish(module(*_to_device(module, args), **_to_device(module, kwargs)))
         except Exception as error:
             raise PartitionError(
@@ -99,6 +100,7 @@ class _Flow(TorchDispatchMode):
         self._needs: set[tuple[float, float]] = set()
         self._inside: int | None = None
         self._marks: dict[int, frozenset[float]] = {}
+        self._before: dict[int, frozenset[float]] = {}
         self._alive: list[Any] = []  # storages, so that no address is used twice
         self._parameters = {_key(p): name for name, p in module.named_parameters()}
 
@@ -110,7 +112,7 @@ class _Flow(TorchDispatchMode):
         if self._inside is not None:
             self._needs.update((k, self._inside) for k in marks if k != self._inside)
         elif func.name() in _TO_PYTHON:
-            self._needs.update((k, float("inf")) for k in marks)
+            self.read(marks)
         result = func(*args, **kwargs)
         if marks:
             self._mark(result, marks)
@@ -119,6 +121,11 @@ class _Flow(TorchDispatchMode):
                     self._mark(value, marks | self._marks_of(value))
                     self.glue_writes |= self._inside is None
         return result
+
+    def read(self, marks: frozenset[float]) -> None:
+        """Counts values that Python saw outside all units as needed by everything after."""
+        if self._inside is None:
+            self._needs.update((k, float("inf")) for k in marks)
 
     def _marks_of(self, tree: Any) -> frozenset[float]:
         found: set[float] = set()
@@ -160,16 +167,23 @@ class _Flow(TorchDispatchMode):
         if self._inside is None:
             self._inside = len(self.calls)
             self._entered = unit
+            self._before = dict(self._marks)
             self.calls.append(self.units[id(unit)])
 
     def _leave(self, unit: nn.Module, args: Any, output: Any) -> None:
         if self._inside is None or unit is not self._entered:
             return
         name = self.units[id(unit)]
-        depends = bool(self._marks_of(output))
+        depends = bool(self._marks_of(output)) or any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in unit.modules()
+        )
         self.outcome[name] = self.outcome.get(name, False) or depends
         if depends:
-            self._mark(output, frozenset({float(self._inside)}))
+            for tensor in _tensors(output):
+                # Memory that others may still read under its old meaning keeps its old marks:
+                # units that overwrite or pass on their input.
+                shared = self._before.get(_key(tensor), frozenset())
+                self._mark(tensor, shared | {float(self._inside)})
         self._inside = None
 
     def finish(self, output: Any) -> None:
@@ -181,6 +195,19 @@ class _Flow(TorchDispatchMode):
         return {
             cut for cut in range(len(self.calls) - 1) if any(k < cut < j for k, j in self._needs)
         }
+
+
+class _Reads(TorchFunctionMode):
+    """Notices tensors that become Python or numpy values without passing the dispatcher."""
+
+    def __init__(self, flow: _Flow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__"):
+            self._flow.read(self._flow._marks_of(args))
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

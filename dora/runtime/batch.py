@@ -83,4 +83,10 @@ def _merge_leaf(column: Sequence[Any], sizes: Sequence[int], batch_dim: int) -> 
         x.shape[batch_dim] == n for x, n in zip(column, sizes, strict=True)
     ):
         return torch.cat(list(column), batch_dim)
-    return first
+    if all(torch.equal(first, other) for other in column[1:]):
+        return first
+    raise ValueError(
+        f"output: given shapes {[tuple(x.shape) for x in column]} for micro-batches of "
+        f"{list(sizes)} samples, allowed: the batch in dimension {batch_dim} (batch_dim), so that "
+        "they can be joined"
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dora.errors import DoraError
 from dora.runtime.transport import Transport
 
 
@@ -40,6 +41,7 @@ class BatchNormSync:
         self._num_microbatches = num_microbatches
         self._before = [(_stats(norm).clone(), _batches(norm)) for norm in self._active]
         self._sums = [torch.zeros_like(before) for before, _ in self._before]
+        self._calls = [0] * len(self._active)
 
     def before_forward(self) -> None:
         """Clears the statistics, so that one forward leaves exactly its own contribution."""
@@ -48,7 +50,9 @@ class BatchNormSync:
 
     def after_forward(self, microbatch: int) -> None:
         """Adds the contribution of a micro-batch with its weight in the whole sequence."""
-        for norm, total, (_, batches) in zip(self._active, self._sums, self._before, strict=True):
+        for i, norm in enumerate(self._active):
+            total, (_, batches) = self._sums[i], self._before[i]
+            self._calls[i] += _batches(norm)
             if norm.momentum is None:  # a plain mean over all batches so far
                 weight = 1 / (batches + self._num_microbatches)
             else:
@@ -59,10 +63,20 @@ class BatchNormSync:
         """Sums the contributions of all replicas and stores the new statistics."""
         if not self._active:
             return
-        flat = torch.cat([total.cpu() for total in self._sums])
+        calls = torch.tensor(self._calls, dtype=torch.float64)
+        flat = torch.cat([*(total.cpu() for total in self._sums), calls])
         self._transport.all_reduce(flat, self._ranks, "batch-norm statistics").wait(timeout_s)
-        parts = flat.split([total.numel() for total in self._sums])
-        for norm, part, (before, batches) in zip(self._active, parts, self._before, strict=True):
+        *parts, counts = flat.split([*(total.numel() for total in self._sums), len(calls)])
+        for i, norm in enumerate(self._active):
+            part, (before, batches) = parts[i], self._before[i]
+            if counts[i] == 0:
+                _store(norm, before, batches)
+                continue
+            if counts[i] != self._num_microbatches:
+                raise DoraError(
+                    f"batch norm of {norm.num_features} features ran {int(counts[i])} times for "
+                    f"{self._num_microbatches} micro-batches, allowed on replicas: once for each"
+                )
             count = batches + self._num_microbatches
             if norm.momentum is None:
                 kept = batches / count

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_iter, tree_leaves, tree_unflatten
-
-# Receive buffers of one size that are kept for the next micro-batch; 1F1B needs about as many.
-_MAX_FREE = 4
 
 
 @dataclass(frozen=True)
@@ -94,34 +89,6 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
 def digest(value: object) -> int:
     """Returns a 62-bit hash of `repr(value)` that is equal on all ranks."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
-
-
-class Buffers:
-    """Memory for received tensors that is used again once no tensor refers to it any more.
-
-    Autograd, hooks and gradients may keep a received tensor or a part of it for any time, so a
-    buffer comes back when its storage dies, not when the schedule is done with it.
-    """
-
-    def __init__(self) -> None:
-        self._free: defaultdict[int, list[Any]] = defaultdict(list)
-
-    def take(self, leaf: LeafSpec) -> torch.Tensor:
-        """Returns an uninitialised CPU tensor to receive into."""
-        num_bytes = leaf.shape.numel() * leaf.dtype.itemsize
-        free = self._free[num_bytes]
-        memory = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8).numpy()
-        lent = memory[:]  # the storage below holds it, and nothing else does
-        weakref.finalize(lent, _give_back, free, memory).atexit = False
-        storage = torch.from_numpy(lent).untyped_storage()
-        tensor = torch.empty(0, dtype=leaf.dtype)
-        tensor.set_(storage, 0, leaf.shape)  # type: ignore[call-overload]
-        return tensor
-
-
-def _give_back(free: list[Any], memory: Any) -> None:
-    if len(free) < _MAX_FREE:
-        free.append(memory)
 
 
 class _Arrived(torch.autograd.Function):

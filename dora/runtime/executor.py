@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from dora.errors import ProtocolError
 from dora.runtime.batchnorm import BatchNormSync
-from dora.runtime.boundary import BoundarySpec, Buffers, digest, first_shape, tensors_of
+from dora.runtime.boundary import BoundarySpec, digest, first_shape, tensors_of
 from dora.runtime.reduce import GradReducer
 from dora.runtime.stage import Shapes, StageRunner, Step
 from dora.runtime.transport import Pending, Transport
@@ -73,7 +73,6 @@ class Executor:
         self.batchnorm = batchnorm
         self.timeout_s = timeout_s
         self.spans: list[Span] = []
-        self._buffers = Buffers()
         self._ranks = [plan.ranks(stage.index) for stage in plan.stages]
         self._receives: dict[tuple[int, int], list[tuple[torch.Tensor, Pending]]] = {}
         self._sends: dict[tuple[int, int], list[Pending]] = {}
@@ -225,14 +224,14 @@ class Executor:
         m = action.microbatch
         spec = self._shapes(m, step).received
         assert spec is not None
-        tensors = [self._buffers.take(leaf) for leaf in spec.tensors]
+        tensors = [leaf.empty() for leaf in spec.tensors]
         self._receive(tensors, self._peer(action.stage - 1, m, step), _FORWARD, m, f"{action}")
 
     def _receive_backward(self, action: Action, step: Step) -> None:
         m = action.microbatch
         spec = self._shapes(m, step).sent
         assert spec is not None
-        tensors = [self._buffers.take(leaf) for leaf in spec.tensors if leaf.requires_grad]
+        tensors = [leaf.empty() for leaf in spec.tensors if leaf.requires_grad]
         if len(tensors) > 1:
             tensors.append(torch.empty(len(tensors), dtype=torch.uint8))
         self._receive(tensors, self._peer(action.stage + 1, m, step), _BACKWARD, m, f"{action}")

@@ -35,7 +35,6 @@ LossFn = Callable[[Any, Any], torch.Tensor]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Planner = Callable[[Chain, Inputs, Callable[[bytes], list[bytes]]], Plan]
 
-# A slow device may measure its blocks for minutes after a fast one is done.
 _PROFILE_TIMEOUT_S = 600.0
 
 # How many instances this process made: keeps their notes in the rendezvous store apart.
@@ -112,14 +111,13 @@ class DoraParallel(nn.Module):
         self._board = _board(self.rank)
         self.transport = GlooTransport(timeout_s=timeout_s)
         self._agreement = Agreement(self.transport, self.rank, world_size, timeout_s)
-        patient = Agreement(self.transport, self.rank, world_size, _PROFILE_TIMEOUT_S)
         with self._guarded():
-            self.chain = module if isinstance(module, Chain) else _cut(module, sample, blocks)
+            self.chain = module if isinstance(module, Chain) else self._cut(module, sample, blocks)
             self.module = self.chain.module
             self.plan = (
                 plan
                 if isinstance(plan, Plan)
-                else plan(self.chain, as_call(sample), lambda data: patient.gather(data, "profile"))
+                else plan(self.chain, as_call(sample), self._gather_patiently)
             )
             check_plan(self.plan, self.chain, world_size)
             check_agreed(self.plan, self.chain, self.rank, memory_limit_bytes, self._agreement)
@@ -160,6 +158,24 @@ class DoraParallel(nn.Module):
         self._clock_offset_s = clock_offset_s(
             transport, self.rank, len(plan.devices), self.timeout_s
         )
+
+    def _cut(self, module: nn.Module, sample: Any, blocks: Sequence[str] | None) -> Chain:
+        if sample is None:
+            raise ValueError("sample: given nothing, allowed: the inputs of one call, as (x,)")
+        args, kwargs = as_call(sample)
+        size = batch_size(args, kwargs, self._batch_dim)
+        sizes = [2, size - 2] if size > 2 else [size]
+        pieces = split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs)
+        return partition(module, *pieces[0], blocks=blocks)
+
+    def _gather_patiently(self, data: bytes) -> list[bytes]:
+        """Gathers profiles: a slow device measures for minutes after a fast one is done."""
+        transport = GlooTransport(timeout_s=_PROFILE_TIMEOUT_S)
+        try:
+            agreement = Agreement(transport, self.rank, dist.get_world_size(), _PROFILE_TIMEOUT_S)
+            return agreement.gather(data, "profile")
+        finally:
+            transport.close()
 
     def _schedule(
         self, *, training: bool, count: int, offset: int
@@ -221,6 +237,7 @@ class DoraParallel(nn.Module):
             header=f"train {signature(args, kwargs)}",
         )
         with self._guarded(), torch.enable_grad(), self._seeded():
+            self._state.check_trainable()
             return torch.tensor(self._executor.train(actions, step), dtype=torch.float64)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -368,16 +385,6 @@ def _own_loss(output: Any, target: Any) -> torch.Tensor:
 def _without_none(loss_fn: LossFn, targets: Any) -> LossFn:
     """Lets a loss of the output alone be given when there are no targets."""
     return loss_fn if targets is not None else lambda output, _: loss_fn(output)  # type: ignore[call-arg]
-
-
-def _cut(module: nn.Module, sample: Any, blocks: Sequence[str] | None) -> Chain:
-    if sample is None:
-        raise ValueError("sample: given nothing, allowed: the inputs of one call, such as (x,)")
-    args, kwargs = as_call(sample)
-    size = batch_size(args, kwargs)
-    few = [min(size, 2), size - min(size, 2)]
-    args, kwargs = split((args, kwargs), few if few[1] else [size])[0]
-    return partition(module, args, kwargs, blocks=blocks)
 
 
 def _board(rank: int) -> FailureBoard:

@@ -32,28 +32,21 @@ def holders(users: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, tuple
 def drop_remote(chain: Chain, local: set[str]) -> None:
     """Frees every parameter and buffer of `chain` that is not named in `local`.
 
-    Tensors of skipped units move to the meta device: shapes without memory. Parameters that
-    glue code touches, on its way to a result that is thrown away, become one repeated zero.
+    Each becomes one zero, repeated: code between blocks may still ask for its shape, dtype or
+    device, and may compute with it on the way to a result that is thrown away.
     """
-    units = tuple(f"{call}." for call in chain.calls)
     for first, names in {**chain.parameters.names, **chain.buffers.names}.items():
         if first in local:
             continue
         for name in names:
             path, _, attribute = name.rpartition(".")
-            owner = chain.module.get_submodule(path)
-            _replace(owner, attribute, in_unit=name.startswith(units))
+            _replace(chain.module.get_submodule(path), attribute)
 
 
-def _replace(owner: nn.Module, attribute: str, *, in_unit: bool) -> None:
+def _replace(owner: nn.Module, attribute: str) -> None:
     tensor = getattr(owner, attribute)
-    if in_unit:
-        empty = torch.empty_like(tensor, device="meta")
-    else:
-        empty = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     if attribute in owner._parameters:
-        owner._parameters[attribute] = nn.Parameter(
-            empty, requires_grad=tensor.requires_grad and in_unit
-        )
+        owner._parameters[attribute] = nn.Parameter(zero, requires_grad=tensor.requires_grad)
     else:
-        owner._buffers[attribute] = empty
+        owner._buffers[attribute] = zero

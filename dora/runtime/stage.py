@@ -23,6 +23,9 @@ from dora.runtime.batchnorm import frozen_statistics
 from dora.runtime.boundary import BoundarySpec, LeafSpec, arrived, signature
 from dora.runtime.seeds import SeedKey, seed_glue, seed_unit
 
+# Distinct input shapes that are remembered; more start anew.
+_MAX_SHAPES = 256
+
 
 class _StageDone(BaseException):
     """Leaves the module's forward once the last block of a stage has its output."""
@@ -68,7 +71,7 @@ class Step:
     weights: Sequence[float] = ()
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
 
-    shapes: dict[int | torch.Size, Shapes] = field(default_factory=dict)
+    shapes: dict[Any, Shapes] = field(default_factory=dict)
     received: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # until sent
     roots: dict[int, Roots] = field(default_factory=dict)
@@ -114,6 +117,9 @@ class StageRunner:
         """
         key = (signature(args, kwargs), self.chain.module.training, whole)
         if key not in self._shapes:
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.clear()
+                self._zeros.clear()
             specs = self._infer(args, kwargs, whole)
             self._shapes[key] = Shapes(
                 specs,
@@ -223,8 +229,8 @@ class StageRunner:
 
         def handler(position: int, unit: nn.Module, call: UnitCall) -> Any:
             if position < self.units.start - 1:
-                return self._placeholder(specs[position])
-            if position == self.units.start - 1:
+                output = self._placeholder(specs[position])
+            elif position == self.units.start - 1:
                 output = specs[position].fill([arrived(leaf) for leaf in received])
             else:
                 seed_unit(seed, position)

@@ -49,6 +49,7 @@ class ModelState:
         buffers = _named(chain.module.named_buffers)
         self.parameters = {n: parameters[n] for n in chain.parameters.names if n in here}
         self.buffers = {n: buffers[n] for n in chain.buffers.names if n in here}
+        self._trainable = {n: p.requires_grad for n, p in self.parameters.items()}
 
     def equalise(self) -> None:
         """Gives all holders of a tensor the value that the first of them has."""
@@ -59,6 +60,16 @@ class ModelState:
                 self._transport.broadcast(value, ranks[0], ranks, f"initial {name}")
                 with torch.no_grad():
                     tensor.copy_(value)
+
+    def check_trainable(self) -> None:
+        """Raises ValueError if a parameter was frozen or unfrozen since; peers would not know."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad != self._trainable[name]:
+                raise ValueError(
+                    f"{self._names[name][0]}: requires_grad given {parameter.requires_grad}, "
+                    f"allowed {self._trainable[name]} as when DoraParallel was made: freeze and "
+                    "unfreeze before that"
+                )
 
     def here(self, name: str) -> torch.Tensor | None:
         """Returns a tensor by first name, None if another rank has it."""
@@ -86,6 +97,12 @@ class ModelState:
                 f"load_state_dict: missing {missing or 'nothing'}, unexpected "
                 f"{unexpected or 'nothing'}, allowed: exactly the plain module's names"
             )
+        for key, first in self._first_names().items():
+            if key in state and state[key].shape != self._like[first].shape:
+                raise RuntimeError(
+                    f"load_state_dict: {key}: given shape {tuple(state[key].shape)}, allowed "
+                    f"{tuple(self._like[first].shape)}"
+                )
         with torch.no_grad():
             for key, first in self._first_names().items():
                 target = self.here(first)
