@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_iter, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from dora.errors import PartitionError
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class BoundarySpec:
         """The tensor leaves in order."""
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, LeafSpec))
 
+    def check(self, tensors: list[torch.Tensor], action: str) -> None:
+        """Raises PartitionError if tensors differ in shape from what the peer expects."""
+        given, expected = [x.shape for x in tensors], [leaf.shape for leaf in self.tensors]
+        if given != expected:
+            raise PartitionError(
+                f"{action}: given shapes {[tuple(x) for x in given]}, allowed "
+                f"{[tuple(x) for x in expected]}: what crosses stages may depend on the shapes of "
+                "the inputs, not on their values"
+            )
+
     def fill(self, tensors: list[torch.Tensor]) -> Any:
         """Returns the nested value with these tensors in place of the specs."""
         if self.tree.is_leaf() and tensors:
@@ -63,12 +75,6 @@ class BoundarySpec:
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """Returns the tensor leaves of a nested value in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def first_shape(value: Any) -> torch.Size:
-    """Returns the shape of the first tensor leaf of a nested value; empty if there is none."""
-    leaves = (leaf.shape for leaf in tree_iter(value) if isinstance(leaf, torch.Tensor))
-    return next(leaves, torch.Size())
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

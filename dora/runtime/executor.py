@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from dora.errors import ProtocolError
 from dora.runtime.batchnorm import BatchNormSync
-from dora.runtime.boundary import BoundarySpec, digest, first_shape, tensors_of
+from dora.runtime.boundary import BoundarySpec, tensors_of
+from dora.runtime.handshake import Handshake
 from dora.runtime.reduce import GradReducer
 from dora.runtime.stage import Shapes, StageRunner, Step
 from dora.runtime.transport import Pending, Transport
@@ -26,7 +26,7 @@ from dora.spec import Action, Plan
 __all__ = ["Executor", "Span", "Step"]
 
 # Tags: every message of a step has its own, so the order on the wire is free.
-_HEADER_TAG, _LOSS_TAG, _FIRST_TAG, _MAX_LEAVES = 0, 1, 2, 64
+_LOSS_TAG, _FIRST_TAG, _MAX_LEAVES = 1, 2, 64
 
 # RECV_F and SEND_F of one boundary share a tag, RECV_B and SEND_B another.
 _FORWARD, _BACKWARD, _RESULT = 0, 1, 2
@@ -76,7 +76,7 @@ class Executor:
         self._ranks = [plan.ranks(stage.index) for stage in plan.stages]
         self._receives: dict[tuple[int, int], list[tuple[torch.Tensor, Pending]]] = {}
         self._sends: dict[tuple[int, int], list[Pending]] = {}
-        self._headers: dict[int, tuple[torch.Tensor, Pending]] = {}
+        self._handshake = Handshake(transport, rank, timeout_s)
 
     # ------------------------------------------------------------ walking
 
@@ -109,22 +109,24 @@ class Executor:
         Returns:
             The model's output per micro-batch; empty on ranks that do not get it.
         """
-        results = self._post_results(step) if self.rank in to_ranks else []
-        self._walk(actions, step)
-        for microbatch, output in step.results.items():
-            for dst in to_ranks:
-                if dst != self.rank:
-                    self._send(tensors_of(output), dst, _RESULT, microbatch, "the result")
-        outputs = [
-            step.results[m] if spec is None else spec.fill(self._wait(_RESULT, m, "the result"))
-            for m, spec in enumerate(results)
-        ]
+        self._walk(actions, step, to_ranks)
+        others = [dst for dst in to_ranks if dst != self.rank]
+        for m, output in step.results.items():
+            tensors = tensors_of(output)
+            if others:
+                self._result_spec(m, step).check(tensors, "the result")
+            for dst in others:
+                self._send(tensors, dst, _RESULT, m, "the result")
+        outputs = []
+        if self.rank in to_ranks:
+            self._receive_results(step)
+            outputs = [self._result(m, step) for m in range(len(step.inputs))]
         self._finish_sends()
         return outputs
 
-    def _walk(self, actions: Sequence[Action], step: Step) -> None:
+    def _walk(self, actions: Sequence[Action], step: Step, to_ranks: Sequence[int] = ()) -> None:
         self.spans.clear()
-        self._exchange_headers(actions, step)
+        self._begin(actions, step, to_ranks)
         last_backward = max((i for i, a in enumerate(actions) if a.kind == "B"), default=-1)
         run = {
             "F": self._forward,
@@ -206,6 +208,9 @@ class Executor:
     def _send_forward(self, action: Action, step: Step) -> None:
         m = action.microbatch
         tensors = step.outputs.pop(m)
+        spec = self._shapes(m, step).sent
+        assert spec is not None
+        spec.check(tensors, f"{action}")
         step.roots[m] = [get_gradient_edge(x) for x in tensors if x.requires_grad]
         dst = self._peer(action.stage + 1, m, step)
         self._limit_sends(_FORWARD, step)
@@ -242,10 +247,10 @@ class Executor:
     def _shapes(self, m: int, step: Step) -> Shapes:
         """Infers shapes once per size: micro-batches of one step differ in nothing else."""
         if m not in step.shapes:
-            size = first_shape(step.inputs[m])
-            if size not in step.shapes:
-                step.shapes[size] = self.runner.shapes(*step.inputs[m])
-            step.shapes[m] = step.shapes[size]
+            sizes = tuple(x.shape for x in tensors_of(step.inputs[m]))
+            if sizes not in step.shapes:
+                step.shapes[sizes] = self.runner.shapes(*step.inputs[m])
+            step.shapes[m] = step.shapes[sizes]
         return step.shapes[m]
 
     def _tag(self, direction: int, microbatch: int) -> int:
@@ -263,7 +268,7 @@ class Executor:
     def _receive(
         self, tensors: list[torch.Tensor], src: int, direction: int, m: int, action: str
     ) -> None:
-        self._check_header(src)
+        self._handshake.check(src)
         tag = self._tag(direction, m)
         self._receives[direction, m] = [
             (x, self.transport.receive(x, src, tag + i, action)) for i, x in enumerate(tensors)
@@ -290,6 +295,7 @@ class Executor:
     def _finish_sends(self) -> None:
         for direction, m in list(self._sends):
             self._finish_sends_of(direction, m)
+        self._handshake.finish()
 
     def _limit_sends(self, direction: int, step: Step) -> None:
         """Waits for all but the latest sends, so that outputs and gradients do not pile up.
@@ -316,79 +322,67 @@ class Executor:
             if direction == _BACKWARD and j <= newest and self._peer(previous, j, step) == src:
                 self._finish_sends_of(direction, j)
 
-    # ------------------------------------------------------------ agreement
+    # ------------------------------------------------------------ agreement and results
 
-    def _exchange_headers(self, actions: Sequence[Action], step: Step) -> None:
-        """Tells every peer what this rank runs, before any data of the step."""
+    def _begin(self, actions: Sequence[Action], step: Step, to_ranks: Sequence[int]) -> None:
+        """Announces the step to every rank that gets data from this one."""
         dst: set[int] = set()
         src: set[int] = set()
         for stage, kind, m in actions:
             if kind in _NEIGHBOUR:
                 peer = self._peer(stage + _NEIGHBOUR[kind], m, step)
                 (dst if kind.startswith("SEND") else src).add(peer)
-        self._mine = torch.tensor([step.key.step, digest(step.header)])
-        self._sends[-1, 0] = [
-            self.transport.send(self._mine, rank, _HEADER_TAG, "header") for rank in sorted(dst)
-        ]
-        self._headers = {}
-        for rank in sorted(src):
-            theirs = torch.empty_like(self._mine)
-            self._headers[rank] = (
-                theirs,
-                self.transport.receive(theirs, rank, _HEADER_TAG, "header"),
-            )
-        self._header_text = step.header
+        if self.rank in to_ranks:
+            src |= self._last_ranks(step)
+        if self.rank in self._last_ranks(step):
+            dst |= set(to_ranks)
+        own = {self.rank}
+        self._handshake.begin(step.key.step, step.header, dst=dst - own, src=src - own)
 
-    def _check_header(self, src: int) -> None:
-        theirs, pending = self._headers.pop(src, (None, None))
-        if theirs is None or pending is None:
-            return
-        self._timed("wait", f"header of rank {src}", lambda: pending.wait(self.timeout_s))
-        if not torch.equal(theirs, self._mine):
-            raise ProtocolError(
-                f"rank {self.rank} runs call {self._mine[0].item()}: {self._header_text}; rank "
-                f"{src} runs call {theirs[0].item()} with another batch shape or mode: give every "
-                "rank the same batches in the same order"
-            )
+    def _last_ranks(self, step: Step) -> set[int]:
+        """Returns the ranks that compute outputs or losses in this step."""
+        last = len(self.plan.stages) - 1
+        return {self._peer(last, m, step) for m in range(len(step.routes))}
 
-    def _post_losses(self, step: Step) -> list[tuple[torch.Tensor, Pending]]:
-        used = {self.plan.rank_of(len(self.plan.stages) - 1, route[-1]) for route in step.routes}
-        self._loss_ranks = sorted(used)
-        losses = []
-        for src in self._loss_ranks:
-            if src != self.rank:
-                loss = torch.empty((), dtype=torch.float64)
-                losses.append((loss, self.transport.receive(loss, src, _LOSS_TAG, "the loss")))
+    def _post_losses(self, step: Step) -> dict[int, tuple[torch.Tensor, Pending]]:
+        """Posts a receive of (loss, call, digest) from every rank of the last stage."""
+        losses = {}
+        for src in sorted(self._last_ranks(step) - {self.rank}):
+            loss = torch.empty(3, dtype=torch.float64)
+            losses[src] = loss, self.transport.receive(loss, src, _LOSS_TAG, "the loss")
         return losses
 
-    def _collect_losses(self, step: Step, losses: list[tuple[torch.Tensor, Pending]]) -> float:
-        mine = torch.zeros((), dtype=torch.float64) if step.loss is None else step.loss.cpu()
-        if self.rank in self._loss_ranks:
+    def _collect_losses(self, step: Step, losses: dict[int, tuple[torch.Tensor, Pending]]) -> float:
+        mine = 0.0 if step.loss is None else float(step.loss)
+        if self.rank in self._last_ranks(step):
+            message = torch.cat([torch.tensor([mine], dtype=torch.float64), self._handshake.stamp])
             self._sends[-1, 1] = [
-                self.transport.send(mine, dst, _LOSS_TAG, "the loss")
+                self.transport.send(message, dst, _LOSS_TAG, "the loss")
                 for dst in range(len(self.plan.devices))
                 if dst != self.rank
             ]
-        self._timed("wait", "loss", lambda: self._finish(op for _, op in losses))
-        theirs = iter(losses)
-        return float(
-            sum(float(mine if rank == self.rank else next(theirs)[0]) for rank in self._loss_ranks)
-        )
+        self._timed("wait", "loss", lambda: self._finish(op for _, op in losses.values()))
+        by_rank = {self.rank: mine}
+        for src, (message, _) in losses.items():
+            self._handshake.compare(message[1:], src)
+            by_rank[src] = float(message[0])
+        return sum(by_rank[rank] for rank in sorted(by_rank))
 
-    def _post_results(self, step: Step) -> list[BoundarySpec | None]:
-        """Posts receives of all outputs; None where this rank computes the output itself."""
-        specs: list[BoundarySpec | None] = []
-        for m, (args, kwargs) in enumerate(step.inputs):
+    def _result_spec(self, m: int, step: Step) -> BoundarySpec:
+        args, kwargs = step.inputs[m]
+        spec = self.runner.shapes(args, kwargs, whole=True).result
+        assert spec is not None
+        return spec
+
+    def _receive_results(self, step: Step) -> None:
+        """Posts receives of all outputs that other ranks computed."""
+        for m in range(len(step.inputs)):
             src = self._peer(len(self.plan.stages) - 1, m, step)
-            if src == self.rank:
-                specs.append(None)
-                continue
-            spec = self.runner.shapes(args, kwargs, whole=True).result
-            assert spec is not None
-            specs.append(spec)
-            tag = self._tag(_RESULT, m)
-            self._receives[_RESULT, m] = [
-                (x, self.transport.receive(x, src, tag + i, "the result"))
-                for i, x in enumerate([leaf.empty() for leaf in spec.tensors])
-            ]
-        return specs
+            if src != self.rank:
+                tensors = [leaf.empty() for leaf in self._result_spec(m, step).tensors]
+                self._receive(tensors, src, _RESULT, m, "the result")
+
+    def _result(self, m: int, step: Step) -> Any:
+        if m in step.results:
+            return step.results[m]
+        return self._result_spec(m, step).fill(self._wait(_RESULT, m, "the result"))
