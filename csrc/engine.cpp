@@ -1,0 +1,356 @@
+#include "engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <future>
+
+namespace dora {
+
+namespace {
+
+constexpr double kTickS = 0.25, kBusyTickS = 0.01;
+
+std::uint64_t tokenOf(std::uint32_t rank, int lane) {
+  return std::uint64_t{rank} << 1 | static_cast<std::uint64_t>(lane);
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : options_(options),
+      process_(::getpid()),
+      epoch_(options.epoch),
+      dialer_(options_, reactor_, *this),
+      media_(options.rank, options.aging_s, [this](std::uint32_t rank, const FrameHeader& header) {
+        auto peer = peers_.find(rank);
+        if (peer != peers_.end()) peer->second->lanes.control(header);
+      }) {
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() {
+  if (::getpid() == process_) {
+    close(0);
+  } else if (thread_.joinable()) {
+    thread_.detach();  // it exists in the parent only
+  }
+}
+
+// ------------------------------------------------------------ other threads
+
+void Engine::checkUsable() const {
+  if (::getpid() != process_) {
+    throw std::logic_error("this process was forked from the one that owns the engine: create an "
+                           "engine in the child, or start it with the spawn method");
+  }
+  if (is_closed_) throw std::runtime_error("the engine is closed");
+}
+
+void Engine::defer(Work work) {
+  bool is_first = false, is_stopped;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_stopped = is_stopped_;
+    if (!is_stopped) {
+      is_first = work_.empty();
+      work_.push_back(std::move(work));
+    }
+  }
+  if (is_stopped) return work();  // there are no peers: what was posted fails at once
+  if (is_first) reactor_.wake();
+}
+
+void Engine::call(const Work& work) {
+  auto done = std::make_shared<std::promise<void>>();
+  std::future<void> result = done->get_future();
+  defer([&work, done] {
+    try {
+      work();
+      done->set_value();
+    } catch (...) {
+      done->set_exception(std::current_exception());
+    }
+  });
+  result.get();
+}
+
+TransferPtr Engine::makeTransfer(bool is_send, void* data, std::uint64_t num_bytes,
+                                 std::int32_t peer, MessageKey key, Priority priority,
+                                 double timeout_s) {
+  checkUsable();
+  auto transfer = std::make_shared<Transfer>(nextId());
+  transfer->is_send = is_send;
+  transfer->self = options_.rank;
+  transfer->peer = peer;
+  transfer->data = static_cast<std::uint8_t*>(data);
+  transfer->num_bytes = num_bytes;
+  transfer->key = key;
+  transfer->priority = priority;
+  transfer->timeout_s = timeout_s;
+  return transfer;
+}
+
+OperationPtr Engine::send(const void* data, std::uint64_t num_bytes, std::uint32_t dst,
+                          MessageKey key, Priority priority, double timeout_s) {
+  auto transfer = makeTransfer(true, const_cast<void*>(data), num_bytes,
+                               static_cast<std::int32_t>(dst), key, priority, timeout_s);
+  defer([this, transfer] { post(transfer); });
+  return transfer;
+}
+
+OperationPtr Engine::receive(void* data, std::uint64_t num_bytes, std::int32_t src, MessageKey key,
+                             double timeout_s) {
+  auto transfer = makeTransfer(false, data, num_bytes, src, key, {}, timeout_s);
+  defer([this, transfer] { post(transfer); });
+  return transfer;
+}
+
+void Engine::cancel(const OperationPtr& operation) {
+  if (is_closed_) return;
+  auto transfer = std::dynamic_pointer_cast<Transfer>(operation);
+  if (transfer) {
+    defer([this, transfer] { endTransfer(*transfer, Outcome::kCancelled, "it was cancelled"); });
+  }
+}
+
+void Engine::reprioritise(const OperationPtr& operation, Priority priority) {
+  checkUsable();
+  auto transfer = std::dynamic_pointer_cast<Transfer>(operation);
+  if (!transfer || !transfer->is_send) return;
+  defer([this, transfer, priority] {
+    auto peer = peers_.find(static_cast<std::uint32_t>(transfer->peer));
+    if (peer != peers_.end()) peer->second->outbox.reprioritise(*transfer, priority);
+  });
+}
+
+void Engine::connect(const std::map<std::uint32_t, PeerAddress>& peers, const MediaOptions& media,
+                     const std::map<std::uint32_t, double>& rates) {
+  checkUsable();
+  if (peers.count(options_.rank) > 0) {
+    throw std::invalid_argument("peers: given rank " + std::to_string(options_.rank) +
+                                ", which is this one, allowed: the others");
+  }
+  call([&] {
+    media_.configure(media);
+    double now_s = nowS();
+    PeerHost& host = *this;
+    connect_limit_s_ = now_s + options_.connect_timeout_s;
+    for (const auto& [rank, address] : peers) {
+      auto [peer, is_new] = peers_.try_emplace(rank, nullptr);
+      if (!is_new) continue;
+      peer->second = std::make_unique<Peer>(rank, options_, host);
+      auto rate = rates.find(rank);
+      if (rate != rates.end()) peer->second->outbox.setKnownRate(rate->second);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        states_[rank] = Peer::State::kConnecting;
+      }
+      if (options_.rank > rank) continue;  // the lower rank calls
+      for (int lane : {Lanes::kUrgentLane, Lanes::kBulkLane}) {
+        dialer_.call(rank, lane, address, now_s);
+      }
+    }
+  });
+}
+
+std::vector<std::uint32_t> Engine::waitConnected(double timeout_s) {
+  checkUsable();
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait_for(lock, std::chrono::duration<double>(std::min(timeout_s, 86400.0)), [this] {
+    return is_closed_ || std::none_of(states_.begin(), states_.end(), [](const auto& entry) {
+             return entry.second == Peer::State::kConnecting;
+           });
+  });
+  std::vector<std::uint32_t> missing;
+  for (const auto& [rank, state] : states_) {
+    if (state != Peer::State::kOpen) missing.push_back(rank);
+  }
+  return missing;
+}
+
+std::vector<EngineEvent> Engine::events() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<EngineEvent> taken;
+  taken.swap(events_);
+  return taken;
+}
+
+EngineStats Engine::stats() {
+  checkUsable();
+  EngineStats stats;
+  call([&] {
+    stats = counters_;
+    for (const auto& [rank, peer] : peers_) {
+      const char* states[] = {"connecting", "open", "lost"};
+      stats.peers.push_back({rank, states[static_cast<int>(peer->state)], peer->lost_reason,
+                             peer->outbox.rateBytesPerS().value_or(0), peer->rttS(),
+                             peer->outbox.chunkBytes(), peer->outbox.bytesSent(),
+                             peer->inbox.bytesReceived(), peer->inbox.unexpectedBytes(),
+                             peer->inbox.corruptFrames(),
+                             peer->outbox.queue(Lanes::kUrgentLane).stats(),
+                             peer->outbox.queue(Lanes::kBulkLane).stats()});
+    }
+  });
+  return stats;
+}
+
+std::vector<LoggedFrame> Engine::log() {
+  checkUsable();
+  std::vector<LoggedFrame> copy;
+  call([&] { copy.assign(frames_.begin(), frames_.end()); });
+  return copy;
+}
+
+void Engine::reconfigure(std::uint32_t epoch) {
+  checkUsable();
+  if (epoch <= epoch_) {
+    throw std::invalid_argument("epoch: given " + std::to_string(epoch) +
+                                ", allowed: more than the current " + std::to_string(epoch_));
+  }
+  call([&] {
+    dropPeers("the group was reconfigured", Outcome::kClosed);
+    options_.epoch = epoch;
+    epoch_ = epoch;
+    dialer_.reset();
+    media_.configure({});
+  });
+}
+
+void Engine::close(double linger_s) {
+  std::lock_guard<std::mutex> lock(closing_);
+  if (!thread_.joinable()) return;
+  double limit_s = nowS() + linger_s;
+  for (bool is_idle = false; !is_idle && nowS() < limit_s;) {
+    call([&] { is_idle = isIdle(); });
+    if (!is_idle) ::usleep(1000);
+  }
+  is_closed_ = true;
+  call([this] { is_stopping_ = true; });
+  thread_.join();
+  std::lock_guard<std::mutex> state_lock(mutex_);
+  changed_.notify_all();
+}
+
+// ------------------------------------------------------------ the I/O thread
+
+void Engine::run() {
+  while (!is_stopping_) {
+    for (const Reactor::Event& event : reactor_.wait(nextWakeS())) handle(event);
+    runWork();
+    tick();
+    flushAll();
+  }
+  for (auto& [rank, peer] : peers_) peer->sayBye();
+  flushAll();
+  dialer_.stop();
+  dropPeers("the engine was closed", Outcome::kClosed);
+  std::vector<Work> rest;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    rest.swap(work_);
+    is_stopped_ = true;
+  }
+  for (Work& item : rest) item();
+}
+
+void Engine::runWork() {
+  std::vector<Work> work;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    work.swap(work_);
+  }
+  for (Work& item : work) item();
+}
+
+void Engine::handle(const Reactor::Event& event) {
+  if (event.token >= Dialer::kFirstToken) return dialer_.onEvent(event, nowS());
+  auto found = peers_.find(static_cast<std::uint32_t>(event.token >> 1));
+  if (found == peers_.end()) return;
+  int lane = static_cast<int>(event.token & 1);
+  Peer& peer = *found->second;
+  Connection* connection = peer.lanes.lane[static_cast<std::size_t>(lane)].get();
+  if (!connection) return;
+  try {
+    connection->onReady(event.is_readable, event.is_writable);
+  } catch (const ConnectionLost& lost) {
+    laneEnded(peer, lane, lost.what());
+  } catch (const ProtocolError& error) {
+    ++counters_.protocol_errors;
+    losePeer(peer, std::string("the protocol was broken: ") + error.what());
+  }
+}
+
+void Engine::flushAll() {
+  for (int round = 0; round < 2; ++round) {  // a medium that is freed lets other peers go on
+    for (auto& [rank, peer] : peers_) {
+      if (peer->state == Peer::State::kLost) continue;
+      peer->flush();
+      watch(*peer);
+    }
+    if (!media_.takeFreed()) return;
+  }
+}
+
+// Asks for room where something waits, and only there.
+void Engine::watch(Peer& peer) {
+  for (int lane : {Lanes::kUrgentLane, Lanes::kBulkLane}) {
+    Connection* connection = peer.lanes.lane[static_cast<std::size_t>(lane)].get();
+    if (!connection) continue;
+    bool& is_watched = watched_[tokenOf(peer.rank, lane)];
+    if (connection->wantsWrite() == is_watched) continue;
+    is_watched = connection->wantsWrite();
+    reactor_.change(connection->socket(), tokenOf(peer.rank, lane), is_watched);
+  }
+}
+
+double Engine::nextWakeS() const {
+  bool is_busy = std::any_of(peers_.begin(), peers_.end(), [](const auto& entry) {
+    return entry.second->outbox.queue(Lanes::kBulkLane).size() > 0;
+  });
+  double wait_s = is_busy ? kBusyTickS : kTickS;
+  if (!timers_.empty()) wait_s = std::min(wait_s, timers_.top().first - nowS());
+  return std::max(0.0, wait_s);
+}
+
+void Engine::tick() {
+  double now_s = nowS();
+  expire(now_s);
+  if (now_s - last_tick_s_ < kBusyTickS) return;
+  last_tick_s_ = now_s;
+  dialer_.tick(now_s);
+  media_.tick(now_s);
+  for (auto& [rank, peer] : peers_) {
+    std::string reason = peer->tick(now_s);
+    if (!reason.empty()) losePeer(*peer, reason);
+    if (peer->state == Peer::State::kConnecting && now_s > connect_limit_s_) {
+      losePeer(*peer, "not connected within " +
+                          std::to_string(static_cast<int>(options_.connect_timeout_s)) + " s: " +
+                          dialer_.lastProblem(rank));
+    }
+  }
+}
+
+void Engine::expire(double now_s) {
+  while (!timers_.empty() && timers_.top().first <= now_s) {
+    TransferPtr transfer = timers_.top().second.lock();
+    timers_.pop();
+    if (!transfer || transfer->isDone()) continue;
+    char reason[64];
+    std::snprintf(reason, sizeof reason, "no answer within %g s", transfer->timeout_s);
+    endTransfer(*transfer, Outcome::kTimedOut, reason);
+  }
+}
+
+bool Engine::isIdle() const {
+  return std::all_of(peers_.begin(), peers_.end(), [](const auto& entry) {
+    const Peer& peer = *entry.second;
+    bool has_unsent = false;
+    for (const auto& connection : peer.lanes.lane) {
+      has_unsent = has_unsent || (connection && connection->hasUnsent());
+    }
+    return peer.state == Peer::State::kLost || (peer.outbox.isIdle() && !has_unsent);
+  });
+}
+
+}  // namespace dora

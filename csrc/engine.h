@@ -1,0 +1,150 @@
+// One rank's communication: a single I/O thread that owns every connection, queue and timer.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <queue>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "dialer.h"
+#include "operation.h"
+#include "peer.h"
+
+namespace dora {
+
+// Something that happened beside operations.
+struct EngineEvent {
+  std::string kind;  // connected, peer_lost, refused, arbiter_lost
+  std::int64_t rank;
+  std::string text;
+};
+
+struct PeerStats {
+  std::uint32_t rank;
+  std::string state, lost_reason;
+  double rate_bytes_per_s, rtt_s;
+  std::uint64_t chunk_bytes, bytes_sent, bytes_received, unexpected_bytes, corrupt_frames;
+  QueueStats urgent, bulk;
+};
+
+struct EngineStats {
+  std::uint64_t refused = 0;
+  std::uint64_t protocol_errors = 0;
+  std::vector<PeerStats> peers;
+};
+
+// Sends and receives bytes by priority.
+//
+// Thread safety: every method may be called from any thread; they hand closures to the I/O thread,
+// which alone touches peers and sockets and never blocks on anything but epoll. Methods throw
+// std::logic_error in a forked child, where the I/O thread does not exist.
+class Engine : public Messenger, private PeerHost, private DialerOwner {
+ public:
+  explicit Engine(const EngineOptions& options);
+  ~Engine() override;
+
+  std::uint16_t port() const { return dialer_.port(); }
+  std::uint32_t epoch() const { return epoch_; }
+  std::uint32_t rank() const { return options_.rank; }
+
+  void connect(const std::map<std::uint32_t, PeerAddress>& peers, const MediaOptions& media,
+               const std::map<std::uint32_t, double>& rates);
+  // Blocks until every peer has connected or failed to; returns those that never were connected.
+  std::vector<std::uint32_t> waitConnected(double timeout_s);
+
+  OperationPtr send(const void* data, std::uint64_t num_bytes, std::uint32_t dst, MessageKey key,
+                    Priority priority, double timeout_s) override;
+  OperationPtr receive(void* data, std::uint64_t num_bytes, std::int32_t src, MessageKey key,
+                       double timeout_s) override;
+  void cancel(const OperationPtr& operation) override;
+  void reprioritise(const OperationPtr& operation, Priority priority);
+
+  std::vector<EngineEvent> events();
+  EngineStats stats();
+  std::vector<LoggedFrame> log();
+
+  void reconfigure(std::uint32_t epoch);
+  void close(double linger_s);
+
+  // Throws std::logic_error after fork and, as kClosed, std::runtime_error after close.
+  void checkUsable() const;
+  std::uint64_t nextId() { return ++ids_; }
+
+ private:
+  using Work = std::function<void()>;
+  using Timer = std::pair<double, std::weak_ptr<Transfer>>;
+  struct Later {
+    bool operator()(const Timer& a, const Timer& b) const { return a.first > b.first; }
+  };
+
+  void defer(Work work);
+  void call(const Work& work);  // defers and waits
+  void run();
+  void runWork();
+  void handle(const Reactor::Event& event);
+  void flushAll();
+  void watch(Peer& peer);
+  void tick();
+  void expire(double now_s);
+  double nextWakeS() const;
+  bool isIdle() const;
+
+  TransferPtr makeTransfer(bool is_send, void* data, std::uint64_t num_bytes, std::int32_t peer,
+                           MessageKey key, Priority priority, double timeout_s);
+  void post(const TransferPtr& transfer);
+  void postFromAny(const TransferPtr& transfer);
+  void endTransfer(Transfer& transfer, Outcome outcome, const std::string& reason);
+  void losePeer(Peer& peer, const std::string& reason, Outcome outcome = Outcome::kPeerLost);
+  void laneEnded(Peer& peer, int lane, const std::string& reason);
+  void report(const std::string& kind, std::int64_t rank, const std::string& text);
+  void dropPeers(const std::string& reason, Outcome outcome);
+
+  Media& media() override { return media_; }
+  void log(double start_s, bool is_sent, std::uint32_t peer, const FrameHeader& header) override;
+  void onUnexpected(Peer& peer, const MessageKey& key) override;
+  bool isExpected(std::uint32_t rank, int lane) override;
+  void onConnected(std::unique_ptr<Connection> connection) override;
+  void onCallFailed(std::uint32_t rank, const std::string& reason) override;
+  void onRefused(std::int64_t rank, const std::string& reason) override;
+
+  EngineOptions options_;
+  const int process_;
+  std::atomic<std::uint32_t> epoch_;
+  std::atomic<std::uint64_t> ids_{0};
+  std::atomic<bool> is_closed_{false};
+
+  // Owned by the I/O thread.
+  Reactor reactor_;
+  Dialer dialer_;
+  Media media_;
+  std::map<std::uint32_t, std::unique_ptr<Peer>> peers_;
+  std::map<std::uint64_t, bool> watched_;  // token -> asked for room
+  std::priority_queue<Timer, std::vector<Timer>, Later> timers_;
+  std::vector<TransferPtr> from_any_;
+  std::deque<LoggedFrame> frames_;
+  double connect_limit_s_ = 0;
+  double last_tick_s_ = 0;
+  EngineStats counters_;
+  bool is_stopping_ = false;
+
+  std::mutex mutex_;  // for what follows
+  std::condition_variable changed_;
+  std::vector<Work> work_;
+  bool is_stopped_ = false;  // the I/O thread takes no more work
+  std::vector<EngineEvent> events_;
+  std::map<std::uint32_t, Peer::State> states_;  // how connecting ended
+
+  std::mutex closing_;
+  std::thread thread_;
+};
+
+}  // namespace dora

@@ -1,0 +1,267 @@
+#include "outbox.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dora {
+
+namespace {
+
+constexpr std::uint64_t kNoLimit = std::uint64_t{1} << 62;
+
+// Messages of the urgent classes up to this size leave on the lane of their own.
+constexpr std::uint64_t kUrgentBytes = 64 * 1024;
+
+// Before the rate is known: enough to measure it, little enough for a slow link.
+constexpr std::uint64_t kFirstCredit = 512 * 1024;
+constexpr std::size_t kFirstUnsentLimit = 64 * 1024;
+
+// Above this rate a full socket costs less time than waking up often to refill it.
+constexpr double kFastBytesPerS = 250e6;
+constexpr std::size_t kFastUnsentLimit = 2 * 1024 * 1024;
+
+std::string sizes(std::uint64_t sent, std::uint64_t expected) {
+  return "the message has " + std::to_string(sent) + " bytes, the receive has room for " +
+         std::to_string(expected) + ": give both the same shape and dtype";
+}
+
+}  // namespace
+
+Outbox::Outbox(const EngineOptions& options, Lanes& lanes)
+    : options_(options),
+      lanes_(lanes),
+      queues_{SendQueue(options.aging_s, kNoLimit), SendQueue(options.aging_s, kFirstCredit)} {}
+
+void Outbox::post(const TransferPtr& transfer, double now_s) {
+  counter_.count(transfer->key);
+  const MessageKey& key = transfer->key;
+  if (auto refused = refusals_.find(key); refused != refusals_.end()) {
+    transfer->fail(Outcome::kProtocol, refused->second);
+    refusals_.erase(refused);
+    return;
+  }
+  std::uint64_t size = transfer->num_bytes;
+  bool is_granted = false;
+  if (auto grant = grants_.find(key); grant != grants_.end()) {
+    std::uint64_t expected = grant->second;
+    grants_.erase(grant);
+    if (expected != size) {
+      lanes_.control(FrameType::kCancel, key, 0, 0, sizes(size, expected));
+      transfer->fail(Outcome::kProtocol, sizes(size, expected));
+      return;
+    }
+    is_granted = true;
+  }
+  bool is_eager = !is_granted && charged_bytes_ + eagerCharge(size) <= options_.eager_credit_bytes;
+  if (is_eager) {
+    charged_bytes_ += eagerCharge(size);
+    if (size > options_.eager_bytes) eager_[key] = eagerCharge(size);
+  } else if (!is_granted) {
+    lanes_.control(FrameType::kRequest, key, size);
+  }
+  bool is_urgent = transfer->priority.traffic_class <= kUrgent && size <= kUrgentBytes;
+  int lane = is_urgent ? Lanes::kUrgentLane : Lanes::kBulkLane;
+  queues_[static_cast<std::size_t>(lane)].post(transfer->id, size, transfer->priority, now_s,
+                                               is_granted || is_eager);
+  ids_[key] = transfer->id;
+  sends_.emplace(transfer->id, Send{transfer, lane, is_eager});
+}
+
+void Outbox::reprioritise(Transfer& transfer, Priority priority) {
+  auto send = sends_.find(transfer.id);
+  if (send == sends_.end()) return;
+  transfer.priority = priority;
+  queues_[static_cast<std::size_t>(send->second.lane)].reprioritise(transfer.id, priority);
+}
+
+// ------------------------------------------------------------ leaving
+
+void Outbox::fill(Connection& connection, int lane, double now_s) {
+  SendQueue& queue = queues_[static_cast<std::size_t>(lane)];
+  auto chunk = queue.next(now_s, lane == Lanes::kBulkLane ? chunkBytes() : kUrgentBytes);
+  if (!chunk) return;
+  const Send& send = sends_.at(chunk->id);
+  const Transfer& transfer = *send.transfer;
+  FrameHeader header;
+  header.type = FrameType::kData;
+  header.traffic_class = transfer.priority.traffic_class;
+  header.flags = send.is_eager ? kFlagEager : 0;
+  header.group = transfer.key.group;
+  header.tag = transfer.key.tag;
+  header.seq = transfer.key.seq;
+  header.offset = chunk->offset;
+  header.total = transfer.num_bytes;
+  header.length = static_cast<std::uint32_t>(chunk->num_bytes);
+  last_chunk_of_[static_cast<std::size_t>(lane)] = chunk->is_last ? chunk->id : 0;
+  if (lane == Lanes::kBulkLane) {
+    bytes_sent_ += chunk->num_bytes;
+    unacked_mark_ += chunk->num_bytes;
+    std::uint64_t credit = std::max<std::uint64_t>(kFirstCredit, 4 * chunkBytes());
+    if (unacked_mark_ >= std::min(credit / 4, 2 * chunkBytes()) || queue.size() == 0) {
+      unacked_mark_ = 0;
+      header.flags |= kFlagAckMe;
+      estimator_.onSent(bytes_sent_, now_s);
+    }
+    if (queue.size() == 0) estimator_.onIdle();
+  }
+  if (options_.has_dscp && lane == Lanes::kBulkLane && header.traffic_class != marked_class_) {
+    marked_class_ = header.traffic_class;
+    connection.socket().setTrafficClass(marked_class_);
+  }
+  connection.startData(header, transfer.data + chunk->offset);
+}
+
+void Outbox::onDataSent(int lane) {
+  std::uint64_t& last = last_chunk_of_[static_cast<std::size_t>(lane)];
+  auto send = sends_.find(last);
+  last = 0;
+  if (send != sends_.end()) finish(send);
+}
+
+void Outbox::finish(std::unordered_map<std::uint64_t, Send>::iterator send) {
+  TransferPtr transfer = std::move(send->second.transfer);
+  ids_.erase(transfer->key);
+  sends_.erase(send);
+  transfer->finish(Outcome::kDone);
+}
+
+// ------------------------------------------------------------ ending early
+
+// Gives back the eager credit of a message that the peer will never see whole.
+void Outbox::release(const Send& send) {
+  if (!send.is_eager) return;
+  const MessageKey& key = send.transfer->key;
+  bool is_small = send.transfer->num_bytes <= options_.eager_bytes;
+  if (is_small || eager_.erase(key) > 0) {
+    charged_bytes_ -= std::min(charged_bytes_, eagerCharge(send.transfer->num_bytes));
+  }
+}
+
+// Takes a message off the queue and frees its memory; what is on the way goes on from a copy.
+void Outbox::drop(const Send& send) {
+  queues_[static_cast<std::size_t>(send.lane)].cancel(send.transfer->id);
+  Connection* connection = lanes_.lane[static_cast<std::size_t>(send.lane)].get();
+  if (connection && connection->sending() &&
+      keyOf(*connection->sending()) == send.transfer->key) {
+    connection->detachData();
+  }
+  ids_.erase(send.transfer->key);
+}
+
+void Outbox::cancel(Transfer& transfer, Outcome outcome, const std::string& reason) {
+  auto found = sends_.find(transfer.id);
+  if (found == sends_.end()) return;
+  MessageKey key = transfer.key;
+  if (end(found, outcome, reason)) lanes_.control(FrameType::kCancel, key, 0, 0, reason);
+}
+
+// Returns whether the peer will miss a part of it; else its last chunk is on the way already.
+bool Outbox::end(std::unordered_map<std::uint64_t, Send>::iterator found, Outcome outcome,
+                 const std::string& reason) {
+  Send send = std::move(found->second);
+  sends_.erase(found);
+  bool is_leaving = last_chunk_of_[static_cast<std::size_t>(send.lane)] == send.transfer->id;
+  drop(send);
+  if (!is_leaving) release(send);
+  send.transfer->fail(outcome, reason);
+  return !is_leaving;
+}
+
+void Outbox::failAll(Outcome outcome, const std::string& reason) {
+  auto sends = std::move(sends_);
+  sends_.clear();
+  for (auto& [id, send] : sends) {
+    drop(send);
+    send.transfer->fail(outcome, reason);
+  }
+}
+
+// ------------------------------------------------------------ the peer's answers
+
+void Outbox::onGrant(const FrameHeader& header) {
+  MessageKey key = keyOf(header);
+  if (auto early = eager_.find(key); early != eager_.end()) {
+    charged_bytes_ -= std::min(charged_bytes_, early->second);
+    eager_.erase(early);
+    return;
+  }
+  auto id = ids_.find(key);
+  if (id == ids_.end()) {
+    if (counter_.isPast(key)) return;
+    if (grants_.size() >= kMaxRemembered) throw ProtocolError("too many grants of unknown messages");
+    grants_[key] = header.total;
+    return;
+  }
+  Send& send = sends_.at(id->second);
+  if (header.total != send.transfer->num_bytes) {
+    TransferPtr transfer = send.transfer;
+    cancel(*transfer, Outcome::kProtocol, sizes(transfer->num_bytes, header.total));
+    return;
+  }
+  queues_[static_cast<std::size_t>(send.lane)].setReady(id->second);
+}
+
+void Outbox::onCredit(const FrameHeader& header) {
+  charged_bytes_ -= std::min(charged_bytes_, header.total);
+}
+
+void Outbox::onAck(const FrameHeader& header, double now_s) {
+  if (header.total < acked_bytes_ || header.total > bytes_sent_) {
+    throw ProtocolError("ack: given " + std::to_string(header.total) + " bytes, allowed " +
+                        std::to_string(acked_bytes_) + " to " + std::to_string(bytes_sent_));
+  }
+  bulk().acknowledge(header.total - acked_bytes_);
+  acked_bytes_ = header.total;
+  estimator_.onAck(acked_bytes_, now_s);
+  adapt(now_s);
+}
+
+void Outbox::onCancel(const FrameHeader& header, const std::string& reason) {
+  MessageKey key = keyOf(header);
+  auto id = ids_.find(key);
+  if (id == ids_.end()) {
+    if (auto early = eager_.find(key); early != eager_.end()) {
+      charged_bytes_ -= std::min(charged_bytes_, early->second);
+      eager_.erase(early);
+    } else if (!counter_.isPast(key)) {
+      grants_.erase(key);
+      if (refusals_.size() < kMaxRemembered) refusals_[key] = reason;
+    }
+    return;
+  }
+  auto found = sends_.find(id->second);
+  end(found, Outcome::kProtocol, reason);
+}
+
+// ------------------------------------------------------------ fitting the link
+
+std::optional<double> Outbox::rateBytesPerS() const {
+  if (known_rate_ > 0) return known_rate_;
+  return estimator_.rateBytesPerS();
+}
+
+std::uint64_t Outbox::chunkBytes() const {
+  if (known_rate_ <= 0) return estimator_.chunkBytes();
+  auto wanted = static_cast<std::uint64_t>(known_rate_ * 2e-3) / 4096 * 4096;
+  return std::clamp(wanted, kMinChunkBytes, kMaxChunkBytes);
+}
+
+void Outbox::adapt(double now_s) {
+  Connection* connection = lanes_.lane[Lanes::kBulkLane].get();
+  if (!connection) return;
+  double rate = rateBytesPerS().value_or(0);
+  double rtt_s = estimator_.minRttS().value_or(1e-3);
+  auto in_flight = static_cast<std::uint64_t>(rate * (rtt_s + 4e-3));
+  bulk().setCredit(std::max({kFirstCredit, 4 * chunkBytes(), in_flight}));
+  std::size_t limit = rate <= 0                ? kFirstUnsentLimit
+                      : rate < kFastBytesPerS ? std::max<std::size_t>(kMinChunkBytes, chunkBytes() / 2)
+                                              : kFastUnsentLimit;
+  if (limit != applied_limit_) connection->socket().setUnsentLimit(applied_limit_ = limit);
+  if (!options_.has_pacing) return;
+  double pace = known_rate_ > 0 ? 0.99 * known_rate_ : estimator_.paceBytesPerS(now_s);
+  if (std::abs(pace - applied_pace_) > 0.002 * applied_pace_) {
+    connection->socket().setPace(applied_pace_ = pace);
+  }
+}
+
+}  // namespace dora

@@ -1,0 +1,164 @@
+#include "peer.h"
+
+#include <algorithm>
+
+namespace dora {
+
+namespace {
+
+// When one connection ends, the other may still hold data that was sent before.
+constexpr double kDrainS = 0.2;
+
+}  // namespace
+
+Peer::Peer(std::uint32_t peer_rank, const EngineOptions& options, PeerHost& host)
+    : rank(peer_rank),
+      outbox(options, lanes),
+      inbox(options, lanes),
+      options_(options),
+      host_(host) {}
+
+void Peer::attach(std::unique_ptr<Connection> connection) {
+  std::size_t lane = connection->session().lane;
+  if (options_.has_dscp && lane == Lanes::kUrgentLane) {
+    connection->socket().setTrafficClass(kUrgent);
+  }
+  lanes.lane[lane] = std::move(connection);
+  if (lane == Lanes::kBulkLane) outbox.adapt(nowS());
+  if (hasLane(0) && hasLane(1)) state = State::kOpen;
+}
+
+int Peer::laneOf(const Connection& connection) const {
+  return lanes.lane[Lanes::kUrgentLane].get() == &connection ? Lanes::kUrgentLane
+                                                             : Lanes::kBulkLane;
+}
+
+// ------------------------------------------------------------ frames
+
+std::uint8_t* Peer::onHeader(Connection& connection, const FrameHeader& header) {
+  began_s_[static_cast<std::size_t>(laneOf(connection))] = nowS();
+  if (header.type != FrameType::kData) return nullptr;
+  return inbox.onHeader(header);
+}
+
+void Peer::onFrame(Connection& connection, const FrameHeader& header, const std::uint8_t* payload,
+                   bool is_intact) {
+  bool is_new = false;
+  host_.log(began_s_[static_cast<std::size_t>(laneOf(connection))], false, rank, header);
+  switch (header.type) {
+    case FrameType::kData:
+      if (laneOf(connection) == Lanes::kBulkLane) inbox.onBulkData(header);
+      is_new = inbox.onData(header, payload, is_intact);
+      break;
+    case FrameType::kRequest: is_new = inbox.onRequest(header); break;
+    case FrameType::kGrant: outbox.onGrant(header); break;
+    case FrameType::kCredit: outbox.onCredit(header); break;
+    case FrameType::kAck: outbox.onAck(header, nowS()); break;
+    case FrameType::kCancel: {
+      std::string reason(reinterpret_cast<const char*>(payload), payload ? header.length : 0);
+      if (header.flags & kFlagToSender) {
+        outbox.onCancel(header, reason);
+      } else {
+        inbox.onCancel(header, reason);
+      }
+      break;
+    }
+    case FrameType::kPing: {
+      FrameHeader pong = header;
+      pong.type = FrameType::kPong;
+      lanes.control(pong);
+      break;
+    }
+    case FrameType::kPong: onPong(header); break;
+    case FrameType::kBye: ended_reason_ = "the connection was closed; that process has ended"; break;
+    default: host_.media().onFrame(rank, header, nowS());
+  }
+  if (is_new) host_.onUnexpected(*this, keyOf(header));
+}
+
+void Peer::onRoom(Connection& connection) {
+  int lane = laneOf(connection);
+  double now_s = nowS();
+  if (lane == Lanes::kBulkLane) {
+    std::optional<Priority> head = outbox.bulkHead(now_s);
+    if (!head) {
+      host_.media().done(rank, now_s);
+      return;
+    }
+    if (!host_.media().mayUse(rank, *head, now_s)) return;
+  }
+  filled_s_[static_cast<std::size_t>(lane)] = now_s;
+  outbox.fill(connection, lane, now_s);
+}
+
+void Peer::onDataSent(Connection& connection, const FrameHeader& header) {
+  int lane = laneOf(connection);
+  host_.log(filled_s_[static_cast<std::size_t>(lane)], true, rank, header);
+  outbox.onDataSent(lane);
+}
+
+void Peer::flush() {
+  // Bulk first: what it tells the peer (a request, a wish) leaves with the urgent lane.
+  for (int lane : {Lanes::kBulkLane, Lanes::kUrgentLane}) {
+    Connection* connection = lanes.lane[static_cast<std::size_t>(lane)].get();
+    if (connection) connection->flush();
+  }
+}
+
+// ------------------------------------------------------------ life and death
+
+bool Peer::onLaneEnded(int lane, const std::string& reason, double now_s) {
+  if (ended_reason_.empty()) ended_reason_ = reason;
+  if (lanes.lane[static_cast<std::size_t>(lane)]) {
+    lanes.lane[static_cast<std::size_t>(lane)]->detachTarget();
+    lanes.lane[static_cast<std::size_t>(lane)].reset();
+  }
+  drain_until_s_ = now_s + kDrainS;
+  return !hasLane(0) && !hasLane(1);
+}
+
+void Peer::lose(const std::string& reason, Outcome outcome) {
+  state = State::kLost;
+  lost_reason = reason.empty() ? ended_reason_ : reason;
+  outbox.failAll(outcome, lost_reason);
+  inbox.failAll(outcome, lost_reason);
+  for (auto& connection : lanes.lane) connection.reset();
+}
+
+std::string Peer::tick(double now_s) {
+  if (state != State::kOpen) return "";
+  if (drain_until_s_ > 0) return now_s > drain_until_s_ ? ended_reason_ : "";
+  double heard_s = std::max(lanes.lane[0]->lastHeardS(), lanes.lane[1]->lastHeardS());
+  if (now_s - heard_s > options_.dead_s) {
+    return "no sign of life for " + std::to_string(static_cast<int>(now_s - heard_s)) +
+           " s: the link is down or the process hangs";
+  }
+  if (now_s - std::max(pinged_s_, heard_s) >= options_.heartbeat_s ||
+      now_s - pinged_s_ >= 5 * options_.heartbeat_s) {
+    pinged_s_ = now_s;
+    FrameHeader ping;
+    ping.type = FrameType::kPing;
+    ping.seq = ++pings_;
+    lanes.control(ping);
+  }
+  outbox.adapt(now_s);
+  return "";
+}
+
+void Peer::onPong(const FrameHeader& header) {
+  if (header.seq != pings_) return;
+  double sample_s = nowS() - pinged_s_;
+  rtt_s_ = rtt_s_ > 0 ? 0.875 * rtt_s_ + 0.125 * sample_s : sample_s;
+}
+
+void Peer::sayBye() {
+  if (has_said_bye_ || state != State::kOpen) return;
+  has_said_bye_ = true;
+  FrameHeader bye;
+  bye.type = FrameType::kBye;
+  for (auto& connection : lanes.lane) {
+    if (connection) connection->sendControl(bye);
+  }
+}
+
+}  // namespace dora
