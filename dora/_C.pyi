@@ -1,0 +1,328 @@
+"""The communication engine, compiled from csrc/. Memory is given as address and byte count.
+
+Addresses come from `tensor.data_ptr()`; the caller keeps the tensor alive, contiguous and, for a
+send, unchanged until the operation is done. Every blocking call releases the GIL.
+"""
+
+from collections.abc import Mapping, Sequence
+
+class Operation:
+    """A send, receive or collective under way."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def source(self) -> int:
+        """The sender, once a receive from any source is done; -1 before."""
+    @property
+    def outcome(self) -> str:
+        """pending, done, timed_out, cancelled, peer_lost, protocol or closed."""
+    @property
+    def error(self) -> str:
+        """Why it failed: rank, peer and action; empty otherwise."""
+    def is_done(self) -> bool:
+        """Finished, well or not."""
+    def wait(self, timeout_s: float) -> bool:
+        """Blocks until finished or `timeout_s` has passed; returns is_done()."""
+    def notify(self, queue: CompletionQueue) -> None:
+        """Puts its id into `queue` when it is finished."""
+
+class CompletionQueue:
+    """Ids of finished operations, for a thread that acts on them."""
+
+    def __init__(self) -> None: ...
+    def take(self, timeout_s: float) -> list[int]:
+        """Blocks until something has finished or `close` was called."""
+    def close(self) -> None: ...
+    @property
+    def is_closed(self) -> bool: ...
+
+class Engine:
+    """One rank's connections: sends and receives bytes by priority.
+
+    Args:
+        rank: This process.
+        key: Shared secret of the job, 16 bytes or more.
+        job: Any number, equal on all ranks.
+        epoch: Of the membership; a peer in another epoch is refused.
+        protection: header, checksum, mac or encrypt; equal on all ranks.
+        host: Address to listen on.
+        port: To listen on; 0 takes a free one.
+        eager_bytes: Largest message that is sent without asking while credit lasts, and that
+            never waits for a grant of its own.
+        eager_credit_bytes: Unexpected data that this rank stores per peer.
+        heartbeat_s: A silent connection is asked for a sign of life this often.
+        dead_s: A peer that is silent for so long is lost.
+        connect_timeout_s: Limit of connecting and authenticating.
+        aging_s: A message that waits so long moves up a class, up to `activation`.
+        pacing: Limit the rate to just below the link's, so that no queue builds up in it.
+        dscp: Mark sockets with a class for access points (WMM).
+        log_frames: How many of the latest frames `log()` returns.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        key: bytes,
+        *,
+        job: int = 0,
+        epoch: int = 0,
+        protection: str = "checksum",
+        host: str = "0.0.0.0",
+        port: int = 0,
+        eager_bytes: int = 16384,
+        eager_credit_bytes: int = 4194304,
+        heartbeat_s: float = 1.0,
+        dead_s: float = 10.0,
+        connect_timeout_s: float = 30.0,
+        aging_s: float = 2.0,
+        pacing: bool = True,
+        dscp: bool = True,
+        log_frames: int = 0,
+    ) -> None: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    def connect(
+        self,
+        peers: Mapping[int, tuple[str, int]],
+        *,
+        media: Mapping[int, Sequence[int]] = ...,
+        arbiters: Mapping[int, int] = ...,
+        rates: Mapping[int, float] = ...,
+    ) -> None:
+        """Starts connecting to all peers; the lower rank calls the higher one.
+
+        Args:
+            peers: Rank -> (numeric address, port).
+            media: Peer -> shared media that bulk to it crosses, by number.
+            arbiters: Medium -> the rank that lends it.
+            rates: Peer -> known bytes per second of the path; measured where missing.
+        """
+    def wait_connected(self, timeout_s: float) -> list[int]:
+        """Blocks until every peer has connected or failed to; returns those that never did."""
+    def send(
+        self,
+        address: int,
+        num_bytes: int,
+        dst: int,
+        *,
+        group: int = 0,
+        tag: int = 0,
+        traffic_class: int = 2,
+        deadline: float = 0.0,
+        timeout_s: float = 60.0,
+    ) -> Operation:
+        """Starts a send; done when the memory may change again."""
+    def receive(
+        self,
+        address: int,
+        num_bytes: int,
+        src: int,
+        *,
+        group: int = 0,
+        tag: int = 0,
+        timeout_s: float = 60.0,
+    ) -> Operation:
+        """Posts a receive; `src` -1 takes the first message with that tag from anybody."""
+    def cancel(self, operation: Operation) -> None:
+        """Fails an operation here and at the peer."""
+    def reprioritise(self, operation: Operation, traffic_class: int, deadline: float = 0.0) -> None:
+        """Changes the priority of a send that has not left yet."""
+    def all_reduce(
+        self,
+        address: int,
+        count: int,
+        dtype: str,
+        op: str,
+        ranks: Sequence[int],
+        *,
+        shares: Sequence[float] = (),
+        group: int = 0,
+        traffic_class: int = 3,
+        deadline: float = 0.0,
+        timeout_s: float = 60.0,
+    ) -> Operation:
+        """Reduces in place.
+
+        Args:
+            address: Of `count` elements.
+            count: Elements, not bytes.
+            dtype: float32 float64 float16 bfloat16 int8 uint8 int16 int32 or int64.
+            op: sum, product, min or max.
+            ranks: Who takes part, in the same order on all of them.
+            shares: Weights of the ranks for an average; () for none.
+            group: Calls of one group are matched in the order they are made.
+            traffic_class: Of its messages.
+            deadline: Of its messages.
+            timeout_s: Limit of the whole.
+        """
+    def reduce_scatter(
+        self,
+        input_address: int,
+        output_address: int,
+        count: int,
+        dtype: str,
+        op: str,
+        ranks: Sequence[int],
+        *,
+        group: int = 0,
+        traffic_class: int = 3,
+        deadline: float = 0.0,
+        timeout_s: float = 60.0,
+    ) -> Operation: ...
+    def all_gather(
+        self,
+        input_address: int,
+        output_address: int,
+        num_bytes: int,
+        ranks: Sequence[int],
+        *,
+        group: int = 0,
+        traffic_class: int = 3,
+        deadline: float = 0.0,
+        timeout_s: float = 60.0,
+    ) -> Operation: ...
+    def broadcast(
+        self,
+        address: int,
+        num_bytes: int,
+        root: int,
+        ranks: Sequence[int],
+        *,
+        group: int = 0,
+        traffic_class: int = 3,
+        deadline: float = 0.0,
+        timeout_s: float = 60.0,
+    ) -> Operation: ...
+    def barrier(
+        self, ranks: Sequence[int], *, group: int = 0, timeout_s: float = 60.0
+    ) -> Operation: ...
+    def events(self) -> list[tuple[str, int, str]]:
+        """Takes what happened since the last call: (kind, rank, text).
+
+        Kinds: connected, peer_lost, refused (a connection that failed to authenticate),
+        arbiter_lost.
+        """
+    def reconfigure(self, epoch: int) -> None:
+        """Fails all operations, drops all connections and starts anew; then call `connect`."""
+    def stats(self) -> dict[str, object]:
+        """Counters of this rank, and per peer: rates, round trips, queue times, preemptions."""
+    def log(self) -> list[tuple[float, float, bool, int, str, int, int, int, int, int, int]]:
+        """The latest frames, with times of `time.perf_counter()`.
+
+        Returns:
+            (start_s, end_s, was it sent, peer, type, class, group, tag, seq, offset, length).
+        """
+    def close(self, linger_s: float = 1.0) -> None:
+        """Waits up to `linger_s` for sends to leave, then fails what is pending."""
+
+class SendQueue:
+    """The order in which messages to one peer leave; see csrc/send_queue.h."""
+
+    def __init__(self, aging_s: float, credit_bytes: int) -> None: ...
+    def post(
+        self,
+        id: int,
+        num_bytes: int,
+        traffic_class: int,
+        deadline: float,
+        now_s: float,
+        is_ready: bool = True,
+    ) -> None: ...
+    def set_ready(self, id: int) -> bool: ...
+    def reprioritise(self, id: int, traffic_class: int, deadline: float) -> bool: ...
+    def cancel(self, id: int) -> bool: ...
+    def next(self, now_s: float, chunk_bytes: int) -> tuple[int, int, int, bool] | None:
+        """(id, offset, num_bytes, is_last) of the next chunk."""
+    def set_credit(self, credit_bytes: int) -> None: ...
+    def acknowledge(self, num_bytes: int) -> None: ...
+    @property
+    def outstanding(self) -> int: ...
+    @property
+    def queued_bytes(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    def __len__(self) -> int: ...
+
+class Arbiter:
+    """Lends a shared medium to one sender at a time; see csrc/arbiter.h.
+
+    Methods return orders: ("allow" | "revoke", rank).
+    """
+
+    def __init__(self, aging_s: float) -> None: ...
+    def want(
+        self, rank: int, traffic_class: int, deadline: float, now_s: float
+    ) -> list[tuple[str, int]]: ...
+    def give_back(self, rank: int, now_s: float) -> list[tuple[str, int]]: ...
+    def tick(self, now_s: float) -> list[tuple[str, int]]: ...
+    @property
+    def holder(self) -> int | None: ...
+
+class RateEstimator:
+    """Rate, round trip, chunk size and pace of a link; see csrc/rate.h."""
+
+    def __init__(self) -> None: ...
+    def on_sent(self, sent_bytes: int, now_s: float) -> None: ...
+    def on_idle(self) -> None: ...
+    def on_ack(self, acked_bytes: int, now_s: float) -> None: ...
+    @property
+    def rate_bytes_per_s(self) -> float | None: ...
+    @property
+    def min_rtt_s(self) -> float | None: ...
+    def chunk_bytes(self) -> int: ...
+    def pace_bytes_per_s(self, now_s: float) -> float: ...
+
+class Handshake:
+    """One side of the authentication, without I/O; see csrc/handshake.h.
+
+    Failures raise HandshakeError, whose text names what differs and what to do.
+    """
+
+    @staticmethod
+    def initiate(
+        key: bytes,
+        *,
+        job: int = 0,
+        epoch: int = 0,
+        rank: int,
+        peer_rank: int,
+        lane: int = 0,
+        protection: str = "checksum",
+    ) -> Handshake: ...
+    @staticmethod
+    def respond(
+        key: bytes, *, job: int = 0, epoch: int = 0, rank: int, protection: str = "checksum"
+    ) -> Handshake: ...
+    def output(self) -> bytes: ...
+    @property
+    def needed(self) -> int: ...
+    def input(self, data: bytes) -> None: ...
+    @property
+    def is_done(self) -> bool: ...
+    @property
+    def peer_clock_s(self) -> float: ...
+    @property
+    def peer_rank(self) -> int: ...
+
+class HandshakeError(RuntimeError):
+    """`reason`, the last word of `args`: version, job, epoch, protection, member or key."""
+
+PROBE_RANK: int
+HEADER_BYTES: int
+
+def crc32c(data: bytes, crc: int = 0) -> int: ...
+def encode_fields(fields: Mapping[str, int]) -> bytes:
+    """The 48 field bytes of a header, for tests.
+
+    Args:
+        fields: type, traffic_class, flags, group, tag, seq, offset, total, length, crc.
+    """
+
+def decode_fields(data: bytes) -> dict[str, int]:
+    """Raises ValueError for what breaks the protocol."""
+
+def reduce_into(into: int, other: int, count: int, dtype: str, op: str) -> None:
+    """Element-wise reduction of raw memory at two addresses; for tests."""
