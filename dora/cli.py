@@ -1,4 +1,4 @@
-"""The command `dora`; the only part that prints, and the only reader of the environment.
+"""The command `dora`; with `cli_network` the only reader of the environment.
 
 Whatever the user can repair is one line on stderr and exit code 2. Exit code 1 says that the
 answer is no: nothing meets the QoE, the machine can not run Dora, the demo failed.
@@ -12,23 +12,21 @@ import re
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from dora import catalog, views
+from dora.cli_network import doctor, key
+from dora.console import FORCE, check_free, err, out, progress_of, waiting
 from dora.demo.launch import DemoError, alone_command, demo_environment, devices_command, follow
 from dora.demo.planning import NUM_RANKS
 from dora.demo.screen import Screen
 from dora.demo.worker import Settings
-from dora.doctor import examine, num_cores
+from dora.doctor import num_cores
 from dora.errors import DoraError, SpecError
 from dora.factory import build
 from dora.files import load, save, validate
@@ -40,9 +38,6 @@ from dora.search import explore, measured_devices
 from dora.simulator import format_timeline
 from dora.spec import Cluster, ModelProfile, Plan, QoE, Spec, Timeline, Workload
 
-# Tables in a file or a pipe need not fit a screen.
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, highlight=False, markup=False)
 app = typer.Typer(
     name="dora",
     help="Spreads one PyTorch model over the unlike devices that you already own.",
@@ -50,7 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Result = TypeVar("Result")
-FORCE = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 _CAVEAT = """
 {ranks} processes share the {cores} cores of this machine: they add communication and no computing
 power, so they are not faster than the best single process, unless other load disturbed it. What
@@ -58,8 +52,6 @@ this shows is that training and serving over devices works and computes the same
 shows where devices have processors of their own; the emulated cluster (dora testbed, planned) will
 give each process the speed and the network of a real device.
 """
-# Something that takes less shows no progress.
-_SHORT_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,14 +99,8 @@ def devices(
     out.print('In a cluster file: device = "NAME"; every value can be overridden there.')
 
 
-@app.command()
-def doctor() -> None:
-    """Says what this machine has for Dora, what is missing and how to get it."""
-    findings = list(examine(os.environ))
-    out.print(views.finding_table(findings))
-    if any(finding.status == "broken" for finding in findings):
-        raise typer.Exit(1)
-    out.print("This machine can run Dora. See it work: dora demo")
+app.command()(doctor)
+app.command()(key)
 
 
 @app.command()
@@ -137,14 +123,14 @@ def profile(
     force: FORCE = False,
 ) -> None:
     """Measures every block of a model on this device."""
-    _check_free(file, force)
+    check_free(file, force)
     if not re.fullmatch(r"\d+(,\d+)*", sizes):
         raise SpecError(f"--sizes: given {sizes!r}, allowed: counts like 1,2,4,8")
     module, sample = build(model)
     torch.set_num_threads(threads)
     args, kwargs = as_call(sample)
     chain = partition(module, args, kwargs)
-    with _progress(f"measuring {chain.num_blocks} blocks") as progress:
+    with progress_of(f"measuring {chain.num_blocks} blocks") as progress:
         measured = profile_model(
             chain,
             args,
@@ -182,7 +168,7 @@ def plan(
 ) -> None:
     """Previews the plans for a model on a cluster: time, energy, memory, and what was rejected."""
     if file is not None:
-        _check_free(file, force)
+        check_free(file, force)
     known = load_profiles([profile_file, *(also or [])])
     cluster = catalog.load_cluster(cluster_file)
     size = batch if batch is not None else (32 if training else 1)
@@ -196,7 +182,7 @@ def plan(
         source="--batch, --microbatches",
     )
     qoe = load(QoE, qoe_file) if qoe_file else QoE()
-    with _waiting("searching"):
+    with waiting("searching"):
         found = explore(known, cluster, workload, qoe)
     measured = measured_devices(known)
     times = {d.name: "measured" if d.name in measured else "modelled" for d in cluster.devices}
@@ -319,38 +305,6 @@ def demo(
     out.print(f"checkpoint: {folder / 'checkpoint'}", soft_wrap=True)
     out.print(f"trace, to open in ui.perfetto.dev: {folder / 'trace.json'}", soft_wrap=True)
     out.print(f"all of it again: dora info {folder}", soft_wrap=True)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how much is done if it takes long: a bar on a terminal, else lines."""
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
-        task = bars.add_task(what, total=None)
-        start, next_s = time.monotonic(), _SHORT_S
-
-        def show(done: int, total: int) -> None:
-            nonlocal next_s
-            bars.update(task, completed=done, total=total)
-            if not err.is_terminal and time.monotonic() - start > next_s:
-                next_s *= 2
-                err.print(f"{what}: {done}/{total}")
-
-        yield show
-
-
-@contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """Shows that something is going on."""
-    if err.is_terminal:
-        with err.status(what):
-            yield
-    else:
-        yield
-
-
-def _check_free(file: Path, force: bool) -> None:
-    if file.exists() and not force:
-        raise SpecError(f"{file}: exists, allowed: a new file, or --force")
 
 
 def _new_folder(folder: Path | None, force: bool) -> Path:

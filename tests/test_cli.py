@@ -16,6 +16,7 @@ from dora import cli
 from dora.demo.launch import DemoError, follow
 from dora.doctor import default_interface, examine
 from dora.files import load, save
+from dora.keys import load_key
 from dora.spec import Cost, ModelProfile, Plan, Span, Timeline
 
 CLUSTER = """
@@ -101,6 +102,57 @@ def test_doctor_explains_the_network_interface(tmp_path):
     named = {f.subject: f for f in examine({"GLOO_SOCKET_IFNAME": "nope0"})}["network"]
     assert named.status == "missing"
     assert "unset GLOO_SOCKET_IFNAME" in named.fix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--peer", "hub", "--listen"], "given both"),
+        (["--once"], "given without --listen"),
+        (["29610"], "given without --listen"),
+        (["--peer", "hub:x"], "allowed: HOST or HOST:PORT"),
+        (["--listen", "70000"], "allowed: a free port"),
+    ],
+)
+def test_doctor_refuses_what_makes_no_sense(arguments, expected, capsys, monkeypatch):
+    monkeypatch.setenv("DORA_KEY", "0123456789abcdef")
+    assert expected in fails(capsys, "doctor", *arguments)
+
+
+def test_doctor_needs_a_key_for_peers(capsys, monkeypatch):
+    monkeypatch.delenv("DORA_KEY", raising=False)
+    monkeypatch.delenv("DORA_KEY_FILE", raising=False)
+    assert "--key-file FILE" in fails(capsys, "doctor", "--peer", "hub")
+    Path("short").write_text("too short")
+    assert "allowed: 16 or more" in fails(capsys, "doctor", "--listen", "--key-file", "short")
+
+
+def test_key_is_new_each_time(capsys):
+    made = []
+    for _ in range(2):
+        assert cli.main(["key"]) == 0
+        made.append(capsys.readouterr().out.strip())
+    assert made[0] != made[1]
+    assert all(len(key) >= 32 and key.isascii() and not key.count(" ") for key in made)
+
+
+def test_key_file_is_private_and_kept(capsys):
+    assert cli.main(["key", "--out", "job.key"]) == 0
+    file, printed = Path("job.key"), capsys.readouterr().out
+    first = file.read_text()
+    assert first.strip() not in printed and "DORA_KEY_FILE=job.key" in printed
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "exists, allowed: a new file, or --force" in fails(capsys, "key", "--out", "job.key")
+    assert file.read_text() == first
+    file.chmod(0o644)
+    assert cli.main(["key", "--out", "job.key", "--force"]) == 0
+    assert file.read_text() != first
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert load_key(key_file=file) == file.read_bytes().strip()
+
+
+def test_key_that_can_not_be_written_is_told(capsys):
+    assert "none/job.key" in fails(capsys, "key", "--out", "none/job.key")
 
 
 def test_profile_writes_what_plan_reads(profile, capsys):
