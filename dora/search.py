@@ -134,7 +134,9 @@ def explore(
                 "profile measured for training, or a plan for inference"
             )
     complete = scale_to_cluster(profile, cluster, training=training)
-    return search(complete, cluster, workload, qoe, max_evaluations=max_evaluations)
+    result = search(complete, cluster, workload, qoe, max_evaluations=max_evaluations)
+    with_links = [plan.model_copy(update={"links": cluster.links}) for plan in result.plans]
+    return result._replace(plans=with_links)
 
 
 def measured_devices(profile: ModelProfile) -> tuple[str, ...]:

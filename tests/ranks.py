@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: real processes, gloo over loopback, a hard time limit."""
+"""Runs a function on several ranks: real processes over loopback, a hard time limit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from dora.runtime.process_group import register
 
 # The fork server takes its module path from here, and only from here.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -35,19 +37,26 @@ class Outcome:
 
 
 def outcomes(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    backend: str | None = "gloo",
 ) -> list[Outcome]:
     """Runs `function(rank, *args)` on every rank and returns what became of each.
 
-    `function` must be importable. Ranks that are still alive after `timeout_s` are killed and
-    reported as TimeoutError.
+    `function` must be importable. `backend` None leaves torch.distributed alone and passes the
+    path of a file for a rendezvous: `function(rank, path, *args)`. Ranks that are still alive
+    after `timeout_s` are killed and reported as TimeoutError.
     """
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(world_size):
             here, there = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_main, args=(there, rank, world_size, folder, function, args), daemon=True
+                target=_main,
+                args=(there, backend, rank, world_size, folder, function, args),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -64,10 +73,14 @@ def outcomes(
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 60.0,
+    backend: str | None = "gloo",
 ) -> list[Any]:
     """Like `outcomes`, but any failure fails the test with all tracebacks."""
-    results = outcomes(world_size, function, *args, timeout_s=timeout_s)
+    results = outcomes(world_size, function, *args, timeout_s=timeout_s, backend=backend)
     failures = [
         f"rank {r}: {o.trace or o.error or o.exitcode}"
         for r, o in enumerate(results)
@@ -75,6 +88,19 @@ def run_ranks(
     ]
     assert not failures, "\n".join(failures)
     return [o.value for o in results]
+
+
+def join(backend: str, path: str, rank: int, world_size: int) -> None:
+    """Makes the default process group, over a file."""
+    if backend == "dora":
+        register()
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
 
 
 def _collect(end: Any, process: Any, deadline: float) -> Outcome:
@@ -90,17 +116,20 @@ def _collect(end: Any, process: Any, deadline: float) -> Outcome:
 
 
 def _main(
-    end: Any, rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any
+    end: Any,
+    backend: str | None,
+    rank: int,
+    world_size: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
     try:
+        if backend is None:
+            args = (f"{folder}/rendezvous", *args)
+        else:
+            join(backend, f"{folder}/rendezvous", rank, world_size)
         outcome = Outcome(value=function(rank, *args))
     except BaseException as error:
         outcome = Outcome(error=error, trace=traceback.format_exc())

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from dora.runtime.priority import URGENT
 from dora.runtime.transport import Transport
 
 _TAG, _ROUNDS = 0, 8
@@ -24,10 +25,10 @@ def clock_offset_s(transport: Transport, rank: int, world_size: int, timeout_s: 
             if rank == 0:
                 transport.receive(stamp, peer, _TAG, "clock").wait(timeout_s)
                 stamp.fill_(time.perf_counter())
-                transport.send(stamp, peer, _TAG, "clock").wait(timeout_s)
+                transport.send(stamp, peer, _TAG, "clock", priority=URGENT).wait(timeout_s)
             elif rank == peer:
                 start = time.perf_counter()
-                transport.send(stamp, 0, _TAG, "clock").wait(timeout_s)
+                transport.send(stamp, 0, _TAG, "clock", priority=URGENT).wait(timeout_s)
                 transport.receive(stamp, 0, _TAG, "clock").wait(timeout_s)
                 end = time.perf_counter()
                 best = min(best, (end - start, stamp.item() - (start + end) / 2))

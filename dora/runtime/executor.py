@@ -17,19 +17,16 @@ from torch.autograd.graph import get_gradient_edge
 
 from dora.runtime.batchnorm import BatchNormSync
 from dora.runtime.boundary import BoundarySpec, tensors_of
+from dora.runtime.frames import network_spans
 from dora.runtime.handshake import Handshake
+from dora.runtime.priority import ACTIVATION, URGENT, Priority
 from dora.runtime.reduce import GradReducer
 from dora.runtime.stage import Shapes, StageRunner, Step
+from dora.runtime.tags import BACKWARD, FORWARD, LOSS_TAG, RESULT, first_tag, message_name
 from dora.runtime.transport import Pending, Transport
 from dora.spec import Action, Plan
 
 __all__ = ["Executor", "Span", "Step"]
-
-# Tags: every message of a step has its own, so the order on the wire is free.
-_LOSS_TAG, _FIRST_TAG, _MAX_LEAVES = 1, 2, 64
-
-# RECV_F and SEND_F of one boundary share a tag, RECV_B and SEND_B another.
-_FORWARD, _BACKWARD, _RESULT = 0, 1, 2
 
 # Where the other end of a message is, in stages from here.
 _NEIGHBOUR = {"SEND_F": 1, "RECV_B": 1, "SEND_B": -1, "RECV_F": -1}
@@ -116,7 +113,7 @@ class Executor:
             if others:
                 self._result_spec(m, step).check(tensors, "the result")
             for dst in others:
-                self._send(tensors, dst, _RESULT, m, "the result")
+                self._send(tensors, dst, RESULT, m, "the result", URGENT)
         outputs = []
         if self.rank in to_ranks:
             self._receive_results(step)
@@ -151,7 +148,7 @@ class Executor:
         args, kwargs = step.inputs[m]
         received = []
         if action.stage > 0:
-            received = self._wait(_FORWARD, m, f"RECV_F {action}")
+            received = self._wait(FORWARD, m, f"RECV_F {action}")
             self._finish_old_backward_sends(action, step)
             spec = self._shapes(m, step).received
             assert spec is not None
@@ -191,13 +188,13 @@ class Executor:
         if self.runner.is_last:
             grads: list[torch.Tensor | None] = [None] * len(roots)
         else:
-            grads = list(self._wait(_BACKWARD, m, f"RECV_B {action}"))
+            grads = list(self._wait(BACKWARD, m, f"RECV_B {action}"))
             if len(roots) > 1:
                 used = grads.pop()
                 assert used is not None
                 roots = [root for root, flag in zip(roots, used.tolist(), strict=True) if flag]
                 grads = [grad for grad, flag in zip(grads, used.tolist(), strict=True) if flag]
-            self._finish_sends_of(_FORWARD, m)  # the peer has it, or no gradient had come
+            self._finish_sends_of(FORWARD, m)  # the peer has it, or no gradient had come
         start = time.perf_counter()
         if roots:
             torch.autograd.backward(roots, grads)
@@ -213,8 +210,9 @@ class Executor:
         spec.check(tensors, f"{action}")
         step.roots[m] = [get_gradient_edge(x) for x in tensors if x.requires_grad]
         dst = self._peer(action.stage + 1, m, step)
-        self._limit_sends(_FORWARD, step)
-        self._send([x.detach() for x in tensors], dst, _FORWARD, m, f"{action}")
+        self._limit_sends(FORWARD, step)
+        priority = ACTIVATION._replace(deadline=step.deadlines.get(action, 0.0))
+        self._send([x.detach() for x in tensors], dst, FORWARD, m, f"{action}", priority)
 
     def _send_backward(self, action: Action, step: Step) -> None:
         m = action.microbatch
@@ -222,15 +220,17 @@ class Executor:
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
         if len(leaves) > 1:  # some may be unused here: no gradient is not a zero gradient
             grads.append(torch.tensor([x.grad is not None for x in leaves], dtype=torch.uint8))
-        self._limit_sends(_BACKWARD, step)
-        self._send(grads, self._peer(action.stage - 1, m, step), _BACKWARD, m, f"{action}")
+        self._limit_sends(BACKWARD, step)
+        priority = ACTIVATION._replace(deadline=step.deadlines.get(action, 0.0))
+        dst = self._peer(action.stage - 1, m, step)
+        self._send(grads, dst, BACKWARD, m, f"{action}", priority)
 
     def _receive_forward(self, action: Action, step: Step) -> None:
         m = action.microbatch
         spec = self._shapes(m, step).received
         assert spec is not None
         tensors = [leaf.empty() for leaf in spec.tensors]
-        self._receive(tensors, self._peer(action.stage - 1, m, step), _FORWARD, m, f"{action}")
+        self._receive(tensors, self._peer(action.stage - 1, m, step), FORWARD, m, f"{action}")
 
     def _receive_backward(self, action: Action, step: Step) -> None:
         m = action.microbatch
@@ -239,7 +239,7 @@ class Executor:
         tensors = [leaf.empty() for leaf in spec.tensors if leaf.requires_grad]
         if len(tensors) > 1:
             tensors.append(torch.empty(len(tensors), dtype=torch.uint8))
-        self._receive(tensors, self._peer(action.stage + 1, m, step), _BACKWARD, m, f"{action}")
+        self._receive(tensors, self._peer(action.stage + 1, m, step), BACKWARD, m, f"{action}")
 
     def _peer(self, stage: int, microbatch: int, step: Step) -> int:
         return self._ranks[stage][step.routes[microbatch][stage]]
@@ -253,15 +253,18 @@ class Executor:
             step.shapes[m] = step.shapes[sizes]
         return step.shapes[m]
 
-    def _tag(self, direction: int, microbatch: int) -> int:
-        return _FIRST_TAG + (microbatch * 3 + direction) * _MAX_LEAVES
-
     def _send(
-        self, tensors: list[torch.Tensor], dst: int, direction: int, m: int, action: str
+        self,
+        tensors: list[torch.Tensor],
+        dst: int,
+        direction: int,
+        m: int,
+        action: str,
+        priority: Priority,
     ) -> None:
-        tag = self._tag(direction, m)
+        tag = first_tag(direction, m)
         self._sends.setdefault((direction, m), []).extend(
-            self.transport.send(x.contiguous().cpu(), dst, tag + i, action)
+            self.transport.send(x.contiguous().cpu(), dst, tag + i, action, priority=priority)
             for i, x in enumerate(tensors)
         )
 
@@ -269,7 +272,7 @@ class Executor:
         self, tensors: list[torch.Tensor], src: int, direction: int, m: int, action: str
     ) -> None:
         self._handshake.check(src)
-        tag = self._tag(direction, m)
+        tag = first_tag(direction, m)
         self._receives[direction, m] = [
             (x, self.transport.receive(x, src, tag + i, action)) for i, x in enumerate(tensors)
         ]
@@ -319,8 +322,13 @@ class Executor:
         newest = m - self.plan.warmup[previous] if self.plan.schedule_kind == "1f1b" else -1
         src = self._peer(previous, m, step)
         for direction, j in list(self._sends):
-            if direction == _BACKWARD and j <= newest and self._peer(previous, j, step) == src:
+            if direction == BACKWARD and j <= newest and self._peer(previous, j, step) == src:
                 self._finish_sends_of(direction, j)
+
+    def all_spans(self) -> list[Span]:
+        """Returns what this rank did in the last call, with its traffic if the transport tells."""
+        start_s = min((start for _, _, start, _ in self.spans), default=0.0)
+        return [*self.spans, *network_spans(self.transport.frames(), start_s, message_name)]
 
     # ------------------------------------------------------------ agreement and results
 
@@ -349,7 +357,7 @@ class Executor:
         losses = {}
         for src in sorted(self._last_ranks(step) - {self.rank}):
             loss = torch.empty(3, dtype=torch.float64)
-            losses[src] = loss, self.transport.receive(loss, src, _LOSS_TAG, "the loss")
+            losses[src] = loss, self.transport.receive(loss, src, LOSS_TAG, "the loss")
         return losses
 
     def _collect_losses(self, step: Step, losses: dict[int, tuple[torch.Tensor, Pending]]) -> float:
@@ -357,7 +365,7 @@ class Executor:
         if self.rank in self._last_ranks(step):
             message = torch.cat([torch.tensor([mine], dtype=torch.float64), self._handshake.stamp])
             self._sends[-1, 1] = [
-                self.transport.send(message, dst, _LOSS_TAG, "the loss")
+                self.transport.send(message, dst, LOSS_TAG, "the loss", priority=URGENT)
                 for dst in range(len(self.plan.devices))
                 if dst != self.rank
             ]
@@ -380,9 +388,9 @@ class Executor:
             src = self._peer(len(self.plan.stages) - 1, m, step)
             if src != self.rank:
                 tensors = [leaf.empty() for leaf in self._result_spec(m, step).tensors]
-                self._receive(tensors, src, _RESULT, m, "the result")
+                self._receive(tensors, src, RESULT, m, "the result")
 
     def _result(self, m: int, step: Step) -> Any:
         if m in step.results:
             return step.results[m]
-        return self._result_spec(m, step).fill(self._wait(_RESULT, m, "the result"))
+        return self._result_spec(m, step).fill(self._wait(RESULT, m, "the result"))

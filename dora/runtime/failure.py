@@ -6,12 +6,25 @@ import contextlib
 import json
 import time
 
-from torch._C._distributed_c10d import Store
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from dora.errors import PeerLostError
 
 # Long enough for the failing rank to write its reason after its connections closed.
 _GRACE_S = 1.0
+
+
+# How many boards this process opened: keeps their notes in the rendezvous store apart.
+_boards = 0
+
+
+def open_board(rank: int) -> FailureBoard:
+    """Returns the board of the next job of this process; the same turn on all ranks."""
+    global _boards  # noqa: PLW0603
+    _boards += 1
+    store = dist.distributed_c10d._get_default_store()
+    return FailureBoard(PrefixStore(f"dora/{_boards}", store), rank)
 
 
 class FailureBoard:

@@ -8,9 +8,9 @@ import torch
 
 from dora.errors import ProtocolError
 from dora.runtime.boundary import digest
+from dora.runtime.priority import URGENT
+from dora.runtime.tags import HEADER_TAG
 from dora.runtime.transport import Pending, Transport
-
-_TAG = 0
 
 
 class Handshake:
@@ -40,14 +40,15 @@ class Handshake:
         # 50 bits: exact also where a stamp travels as float64.
         self.stamp = torch.tensor([call, digest(text) >> 12])
         self._sends = [
-            self._transport.send(self.stamp, rank, _TAG, "header") for rank in sorted(dst)
+            self._transport.send(self.stamp, rank, HEADER_TAG, "header", priority=URGENT)
+            for rank in sorted(dst)
         ]
         self._expected: dict[int, tuple[torch.Tensor, Pending]] = {}
         for rank in sorted(src):
             theirs = torch.empty_like(self.stamp)
             self._expected[rank] = (
                 theirs,
-                self._transport.receive(theirs, rank, _TAG, "header"),
+                self._transport.receive(theirs, rank, HEADER_TAG, "header"),
             )
 
     def check(self, src: int) -> None:

@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
 
 from dora.errors import DoraError, PeerLostError
 from dora.partition import Chain, partition
@@ -22,23 +22,29 @@ from dora.runtime.boundary import signature
 from dora.runtime.checks import check_agreed, check_plan
 from dora.runtime.clock import clock_offset_s
 from dora.runtime.executor import Executor, Step
-from dora.runtime.failure import FailureBoard
+from dora.runtime.failure import open_board
+from dora.runtime.losses import LossFn, as_loss_fn
+from dora.runtime.media import shared_media
 from dora.runtime.reduce import GradReducer
 from dora.runtime.seeds import SeedKey
 from dora.runtime.stage import StageRunner
 from dora.runtime.state import ModelState, local_modules
-from dora.runtime.transport import GlooTransport
-from dora.scheduler import build_schedule, validate
+from dora.runtime.transports import open_transport
+from dora.scheduler import build_schedule, consumer_starts, validate
 from dora.spec import Action, Plan, Span, Timeline
 
-LossFn = Callable[[Any, Any], torch.Tensor]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Planner = Callable[[Chain, Inputs, Callable[[bytes], list[bytes]]], Plan]
 
 _PROFILE_TIMEOUT_S = 600.0
 
-# How many instances this process made: keeps their notes in the rendezvous store apart.
-_instances = 0
+
+class _Turn(NamedTuple):
+    """What this rank does in one call: the plan with its routes, actions, urgency of sends."""
+
+    plan: Plan
+    actions: tuple[Action, ...]
+    deadlines: Mapping[Action, float]
 
 
 class DoraParallel(nn.Module):
@@ -69,6 +75,8 @@ class DoraParallel(nn.Module):
         memory_limit_bytes: Of this device; None takes all of the machine's memory.
         timeout_s: Limit of every single wait for a peer.
         seed: Of dropout; None takes rank 0's torch seed.
+        transport: What carries the messages: 'dora' (the engine), 'gloo', 'gloo-chunked', 'nccl'.
+        key: Secret of the engine; None takes DORA_KEY; one machine needs none.
 
     Raises:
         PartitionError: The module can not be cut.
@@ -92,6 +100,8 @@ class DoraParallel(nn.Module):
         memory_limit_bytes: int | None = None,
         timeout_s: float = 30.0,
         seed: int | None = None,
+        transport: str = "dora",
+        key: str | None = None,
     ) -> None:
         super().__init__()
         if not dist.is_initialized():
@@ -107,9 +117,11 @@ class DoraParallel(nn.Module):
         self._output_ranks = tuple(range(world_size)) if outputs_to == "all" else (outputs_to,)
         self._calls = 0
         self._failed: str | None = None
-        self._schedules: dict[tuple[bool, int, int], tuple[Plan, tuple[Action, ...]]] = {}
-        self._board = _board(self.rank)
-        self.transport = GlooTransport(timeout_s=timeout_s)
+        self._schedules: dict[tuple[bool, int, int], _Turn] = {}
+        self._board = open_board(self.rank)
+        options: dict[str, Any] = {} if key is None else {"key": key}
+        self._open = partial(open_transport, transport, **options)
+        self.transport = self._open(timeout_s=timeout_s)
         self._agreement = Agreement(self.transport, self.rank, world_size, timeout_s)
         with self._guarded():
             self.chain = module if isinstance(module, Chain) else self._cut(module, sample, blocks)
@@ -130,6 +142,7 @@ class DoraParallel(nn.Module):
         self._state = ModelState(self.chain, plan, self.rank, transport, self.timeout_s)
         stage_ranks = [plan.ranks(stage.index) for stage in plan.stages]
         groups = {*self._state.holders.values(), *stage_ranks}
+        transport.share_media(shared_media(plan, self.rank))
         transport.add_groups(sorted(group for group in groups if len(group) > 1))
         if not self._state.parameters:
             # Optimizers refuse an empty list; this one never gets a gradient.
@@ -170,17 +183,15 @@ class DoraParallel(nn.Module):
 
     def _gather_patiently(self, data: bytes) -> list[bytes]:
         """Gathers profiles: a slow device measures for minutes after a fast one is done."""
-        transport = GlooTransport(timeout_s=_PROFILE_TIMEOUT_S)
+        transport = self._open(timeout_s=_PROFILE_TIMEOUT_S)
         try:
             agreement = Agreement(transport, self.rank, dist.get_world_size(), _PROFILE_TIMEOUT_S)
             return agreement.gather(data, "profile")
         finally:
             transport.close()
 
-    def _schedule(
-        self, *, training: bool, count: int, offset: int
-    ) -> tuple[Plan, tuple[Action, ...]]:
-        """Returns the plan with these many micro-batches' routes, and this rank's actions."""
+    def _schedule(self, *, training: bool, count: int, offset: int) -> _Turn:
+        """Returns what this rank does with these many micro-batches."""
         key = (training, count, offset)
         if key not in self._schedules:
             routes = self.plan.routes
@@ -192,7 +203,8 @@ class DoraParallel(nn.Module):
                 plan, training=training, reduce_stages=frozenset(reduce_stages)
             )
             validate(schedule, plan)
-            self._schedules[key] = plan, schedule.actions_by_rank[self.rank]
+            by_rank = schedule.actions_by_rank
+            self._schedules[key] = _Turn(plan, by_rank[self.rank], consumer_starts(by_rank, plan))
         return self._schedules[key]
 
     # ------------------------------------------------------------ training and inference
@@ -225,20 +237,21 @@ class DoraParallel(nn.Module):
         args, kwargs = as_call(inputs)
         size = batch_size(args, kwargs, self._batch_dim)
         sizes = microbatch_sizes(size, self.plan.num_microbatches)
-        _, actions = self._schedule(training=True, count=len(sizes), offset=0)
+        turn = self._schedule(training=True, count=len(sizes), offset=0)
         mean = self._loss_reduction == "mean"
         step = Step(
             inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
             targets=split(targets, sizes, self._batch_dim),
             weights=[n / size if mean else 1.0 for n in sizes],
             routes=self.plan.routes,
-            loss_fn=_own_loss if loss_fn is None else _without_none(loss_fn, targets),
+            loss_fn=as_loss_fn(loss_fn, targets),
             key=SeedKey(self._seed, self._calls, 0),
+            deadlines=turn.deadlines,
             header=f"train {signature(args, kwargs)}",
         )
         with self._guarded(), torch.enable_grad(), self._seeded():
             self._state.check_trainable()
-            return torch.tensor(self._executor.train(actions, step), dtype=torch.float64)
+            return torch.tensor(self._executor.train(turn.actions, step), dtype=torch.float64)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Infers one batch over the stages; a collective call.
@@ -254,15 +267,16 @@ class DoraParallel(nn.Module):
         size = batch_size(args, kwargs, self._batch_dim)
         sizes = microbatch_sizes(size, min(size, self.plan.num_microbatches))
         offset = self._calls * len(sizes) % len(self.plan.routes)
-        plan, actions = self._schedule(training=False, count=len(sizes), offset=offset)
+        turn = self._schedule(training=False, count=len(sizes), offset=offset)
         step = Step(
             inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
-            routes=plan.routes,
+            routes=turn.plan.routes,
             key=SeedKey(self._seed, self._calls, 0),
+            deadlines=turn.deadlines,
             header=f"infer {signature(args, kwargs)[0]}",
         )
         with self._guarded(), torch.no_grad(), self._seeded():
-            outputs = self._executor.infer(actions, step, self._output_ranks)
+            outputs = self._executor.infer(turn.actions, step, self._output_ranks)
         return merge(outputs, sizes, self._batch_dim) if outputs else None
 
     @contextmanager
@@ -369,26 +383,9 @@ class DoraParallel(nn.Module):
                 "start_s": start + self._clock_offset_s,
                 "end_s": end + self._clock_offset_s,
             }
-            for lane, label, start, end in self._executor.spans
+            for lane, label, start, end in self._executor.all_spans()
         ]
         with self._guarded():
             gathered = self._agreement.gather(json.dumps(mine).encode(), "timeline")
         spans = [Span(**span) for part in gathered for span in json.loads(part)]
         return Timeline(source="measured", num_ranks=len(self.plan.devices), spans=tuple(spans))
-
-
-def _own_loss(output: Any, target: Any) -> torch.Tensor:
-    loss: torch.Tensor = getattr(output, "loss", output)
-    return loss
-
-
-def _without_none(loss_fn: LossFn, targets: Any) -> LossFn:
-    """Lets a loss of the output alone be given when there are no targets."""
-    return loss_fn if targets is not None else lambda output, _: loss_fn(output)  # type: ignore[call-arg]
-
-
-def _board(rank: int) -> FailureBoard:
-    global _instances  # noqa: PLW0603
-    _instances += 1
-    store = dist.distributed_c10d._get_default_store()
-    return FailureBoard(PrefixStore(f"dora/{_instances}", store), rank)

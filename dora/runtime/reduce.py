@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dora.runtime.priority import GRADIENT
 from dora.runtime.transport import Pending, Transport
 
 # Large enough for the link's rate, small enough that the first bucket leaves early.
@@ -25,6 +26,7 @@ class _Bucket:
 
     ranks: tuple[int, ...]
     parameters: list[nn.Parameter]
+    first_use: int = 0  # position of its earliest parameter in the model
     missing: int = 0
     flat: torch.Tensor | None = None
     pending: Pending | None = None
@@ -103,7 +105,11 @@ class GradReducer:
     def _start(self, bucket: _Bucket) -> None:
         if bucket.pending is None:
             bucket.flat = _pack(bucket.parameters)
-            bucket.pending = self.transport.all_reduce(bucket.flat, bucket.ranks, "REDUCE_GRAD")
+            # The next forward pass needs the first layers first.
+            priority = GRADIENT._replace(deadline=bucket.first_use)
+            bucket.pending = self.transport.all_reduce(
+                bucket.flat, bucket.ranks, "REDUCE_GRAD", priority=priority
+            )
 
 
 def _make_buckets(
@@ -126,6 +132,7 @@ def _make_buckets(
             bucket = open_buckets[key] = _Bucket(ranks, [])
             buckets.append(bucket)
         bucket.parameters.append(parameter)
+        bucket.first_use = order[name]
     return buckets
 
 

@@ -22,6 +22,7 @@ from dora.partition import Chain, UnitCall
 from dora.runtime.batchnorm import frozen_statistics
 from dora.runtime.boundary import BoundarySpec, LeafSpec, arrived, signature
 from dora.runtime.seeds import SeedKey, seed_glue, seed_unit
+from dora.spec import Action
 
 # Distinct input shapes that are remembered; more start anew.
 _MAX_SHAPES = 256
@@ -61,6 +62,7 @@ class Step:
         loss_fn: (output, target) -> scalar; None for inference.
         key: Seed and step number of dropout.
         header: What all ranks must agree on, in words.
+        deadlines: When the receiver of each SEND needs it, in any unit.
     """
 
     inputs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -70,6 +72,7 @@ class Step:
     targets: Sequence[Any] = ()
     weights: Sequence[float] = ()
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    deadlines: Mapping[Action, float] = field(default_factory=dict)
 
     shapes: dict[Any, Shapes] = field(default_factory=dict)
     received: dict[int, list[torch.Tensor]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from torch import nn
 from dora.partition import Chain
 from dora.runtime import checkpoint
 from dora.runtime.placement import drop_remote, holders
+from dora.runtime.priority import WEIGHTS
 from dora.runtime.transport import Transport
 from dora.spec import Plan
 
@@ -148,7 +149,7 @@ class ModelState:
     def _to_rank_0(self, name: str) -> torch.Tensor | None:
         owner, value = self.holders[name][0], self._value(name)
         if owner != 0 and self._rank == owner:
-            pending = self._transport.send(value, 0, _FETCH_TAG, f"save {name}")
+            pending = self._transport.send(value, 0, _FETCH_TAG, f"save {name}", priority=WEIGHTS)
             pending.wait(self._timeout_s)
         if owner != 0 and self._rank == 0:
             pending = self._transport.receive(value, owner, _FETCH_TAG, f"save {name}")

@@ -1,7 +1,7 @@
-"""Moves tensors between ranks: the seam where the communication engine goes in.
+"""Moves tensors between ranks: what the executor needs, and gloo's way to do it.
 
-`GlooTransport` works on process groups of its own, so that closing them after a failure wakes
-every peer at once and leaves the user's groups alone.
+The engine's way is in `engine_transport.py`. `GlooTransport` works on process groups of its own, so
+that closing them after a failure wakes every peer at once and leaves the user's groups alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from dora.errors import PeerLostError
+from dora.runtime.frames import Frame
+from dora.runtime.priority import Priority
+from dora.runtime.rendezvous import Links
 
 
 class Pending(Protocol):
@@ -24,19 +27,46 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """What the executor needs from a communication library; all calls return at once."""
+    """What the executor needs from a communication library; all calls return at once.
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, action: str) -> Pending:
+    A priority of None is that of the kind: activations for messages, gradients for reductions.
+    """
+
+    def send(
+        self,
+        tensor: torch.Tensor,
+        dst: int,
+        tag: int,
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> Pending:
         """Starts sending a contiguous CPU tensor; keep it unchanged until done."""
 
     def receive(self, tensor: torch.Tensor, src: int, tag: int, action: str) -> Pending:
         """Posts a receive into a contiguous CPU tensor."""
 
-    def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], action: str) -> Pending:
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> Pending:
         """Starts summing `tensor` over `ranks`, in place; same order of calls on all of them."""
 
     def broadcast(self, tensor: torch.Tensor, src: int, ranks: Sequence[int], action: str) -> None:
         """Copies `tensor` from rank `src` to `ranks` and waits for it."""
+
+    def add_groups(self, groups: Iterable[tuple[int, ...]]) -> None:
+        """Makes sets of ranks able to reduce together; collective, same sets on all ranks."""
+
+    def share_media(self, links: Links) -> None:
+        """Learns which senders share a medium."""
+
+    def frames(self) -> Sequence[Frame]:
+        """Returns the latest frames; nothing if the transport keeps no log."""
 
     def close(self) -> None:
         """Drops all connections; peers that wait for this rank fail at once."""
@@ -90,15 +120,30 @@ class GlooTransport:
         self.add_groups([everyone])
         self._world = self._groups[everyone]
 
+    def share_media(self, links: Links) -> None:
+        """Does nothing: gloo leaves shared media to the network."""
+
+    def frames(self) -> Sequence[Frame]:
+        """See Transport; gloo keeps no log."""
+        return ()
+
     def add_groups(self, groups: Iterable[tuple[int, ...]]) -> None:
-        """Makes sets of ranks able to reduce together; collective, same sets on all ranks."""
+        """See Transport."""
         timeout = timedelta(seconds=self._timeout_s)
         for ranks in groups:
             if ranks not in self._groups:
                 self._groups[ranks] = dist.new_group(list(ranks), timeout=timeout, backend="gloo")
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, action: str) -> GlooPending:
-        """See Transport."""
+    def send(
+        self,
+        tensor: torch.Tensor,
+        dst: int,
+        tag: int,
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> GlooPending:
+        """See Transport; gloo knows no priorities."""
         return self._start(
             lambda: self._world.send([tensor], dst, tag), tensor, f"rank {dst}", action
         )
@@ -109,8 +154,15 @@ class GlooTransport:
             lambda: self._world.recv([tensor], src, tag), tensor, f"rank {src}", action
         )
 
-    def all_reduce(self, tensor: torch.Tensor, ranks: Sequence[int], action: str) -> GlooPending:
-        """See Transport."""
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> GlooPending:
+        """See Transport; gloo knows no priorities."""
         group = self._groups[tuple(ranks)]
         peers = f"ranks {[r for r in ranks if r != self.rank]}"
         return self._start(

@@ -1,9 +1,11 @@
 """From a plan to what every rank does in which order.
 
 pipeline.py   build_schedule: GPipe, 1F1B and the inference wavefront as lists of Actions
+deadlines.py  consumer_starts: when the receiver of each message needs it
 validate.py   validate: right actions, no deadlock, memory bounds; peaks and a text grid
 """
 
+from dora.scheduler.deadlines import consumer_starts
 from dora.scheduler.pipeline import DEFAULT_PREFETCH, SCHEDULES, build_schedule, microbatches_of
 from dora.scheduler.validate import (
     format_grid,
@@ -17,6 +19,7 @@ __all__ = [
     "DEFAULT_PREFETCH",
     "SCHEDULES",
     "build_schedule",
+    "consumer_starts",
     "format_grid",
     "in_flight_bounds",
     "microbatches_of",

@@ -20,6 +20,7 @@ from dora.spec.base import (
     check,
     check_unique,
 )
+from dora.spec.cluster import Link
 
 
 class Replica(Spec):
@@ -124,6 +125,8 @@ class Plan(Spec):
         warmup: Per stage, W: forward m runs before backward j if m < j + W. Never ascending,
             which excludes deadlock; () takes `warmup_for` the shares.
         cost: The planner's prediction, if it made this plan.
+        links: The media that flows between devices cross; transfers on a medium that several
+            devices send on take turns by priority. () takes every link for private.
     """
 
     devices: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -134,6 +137,7 @@ class Plan(Spec):
     schedule_kind: ScheduleKind = "1f1b"
     warmup: tuple[Count, ...] = ()
     cost: Cost | None = None
+    links: tuple[Link, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -167,6 +171,9 @@ class Plan(Spec):
                 b.first_block == a.last_block + 1,
                 f"stage {b.index} begins at block {b.first_block}, allowed {a.last_block + 1}",
             )
+        for link in self.links:
+            for name in (link.src, link.dst):
+                check(name in self.devices, f"link names device {name!r}, not in {self.devices}")
         num_stages = len(self.stages)
         check(
             len(self.routes) == self.num_microbatches
