@@ -85,6 +85,9 @@ void Connection::readFrames() {
       if (header_size_ == kHeaderBytes) finishHeader();
     } else if (payload_size_ < receiving_->length) {
       count = readSome(target_ + payload_size_, receiving_->length - payload_size_);
+      if (protection_ == Protection::kChecksum) {  // piece by piece, while it is in the cache
+        received_crc_ = crc32c(target_ + payload_size_, count, received_crc_);
+      }
       payload_size_ += count;
       if (payload_size_ == receiving_->length && payloadTagBytes() == 0) finishPayload();
     } else {
@@ -132,6 +135,7 @@ void Connection::finishHeader() {
   }
   receiving_ = header;
   payload_size_ = 0;
+  received_crc_ = 0;
   target_ = owner_->onHeader(*this, header);
   is_discarding_ = target_ == nullptr;
   if (is_discarding_) target_ = scratch(discarded_, header.length);
@@ -141,7 +145,7 @@ void Connection::finishPayload() {
   FrameHeader header = *receiving_;
   bool is_intact = true;
   if (protection_ == Protection::kChecksum) {
-    is_intact = crc32c(target_, header.length) == header.crc;
+    is_intact = received_crc_ == header.crc;
   } else if (protection_ == Protection::kMac) {
     is_intact = session_->receiving.checkPayload(target_, header.length, payload_tag_);
   } else if (protection_ == Protection::kEncrypt) {

@@ -109,6 +109,7 @@ class Connection {
   std::uint8_t* target_ = nullptr;
   bool is_discarding_ = false;
   std::size_t payload_size_ = 0;  // received so far, with its tag
+  std::uint32_t received_crc_ = 0;
   std::uint8_t payload_tag_[kTagBytes];
   std::vector<std::uint8_t> discarded_;
 

@@ -32,8 +32,8 @@ void Operation::finish(Outcome outcome, const std::string& error) {
     error_ = error;
     queue = std::move(queue_);
     outcome_.store(outcome, std::memory_order_release);
-    finished_.notify_all();
   }
+  finished_.notify_all();  // unlocked: who wakes up need not wait again
   if (queue) queue->push(id);
 }
 

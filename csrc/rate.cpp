@@ -28,6 +28,12 @@ constexpr double kMaxRttS = 0.250;
 constexpr double kProbeChunks = 2;
 constexpr double kCycleProbes = 4;
 
+// A few small messages say nothing about the link: what they take is mostly waiting.
+constexpr std::uint64_t kLowSampleBytes = 64 * 1024;
+
+// So much in less than kSampleS is more than a token bucket or a late reader makes up.
+constexpr std::uint64_t kFastSampleBytes = 4 * 1024 * 1024;
+
 // A sample within a probe of a faster link shows up to 1.25; noise rarely shows 1.1. Going on at
 // once, a link that became 3 times as fast is found within 5 probes in a row instead of 5 seconds.
 constexpr double kFoundMore = 1.1;
@@ -63,9 +69,11 @@ void RateEstimator::measure(const Probe& probe, double now_s) {
   while (marks_.size() > 1 && marks_[1].acked_s <= latest_s) marks_.pop_front();
   const Mark& from = marks_.front();
   const double elapsed_s = std::max(now_s - from.acked_s, probe.sent_s - from.sent_s);
-  if (elapsed_s <= 0) return;
-  const double rate = static_cast<double>(acked_bytes_ - from.acked_bytes) / elapsed_s;
+  const std::uint64_t num_bytes = acked_bytes_ - from.acked_bytes;
   const bool is_low = probe.is_idle || from.is_start;  // may under-report
+  const bool is_long = elapsed_s >= kSampleS && (!is_low || num_bytes >= kLowSampleBytes);
+  if (!is_long && (elapsed_s <= 0 || num_bytes < kFastSampleBytes)) return;
+  const double rate = static_cast<double>(num_bytes) / elapsed_s;
   if (!is_low || rate > rateBytesPerS().value_or(0)) add({now_s, rate});
   if (rateBytesPerS().value_or(0) > kFoundMore * cycle_rate_) startCycle(now_s);
 }

@@ -164,24 +164,36 @@ def test_estimator_without_samples_knows_nothing():
     assert estimator.pace_bytes_per_s(0.0) == 0
 
 
+def test_rate_is_unknown_after_small_messages():
+    """What a few bytes take is mostly waiting: as a rate it would throttle the first transfer."""
+    estimator = RateEstimator()
+    for i in range(100):
+        estimator.on_sent(48 * (i + 1), 0.1 * i)
+        estimator.on_idle()
+        estimator.on_ack(48 * (i + 1), 0.1 * i + 0.05)
+    assert estimator.rate_bytes_per_s is None
+    assert estimator.pace_bytes_per_s(10.0) == 0
+
+
 def test_acknowledgements_out_of_order_or_repeated_change_nothing():
     estimator = RateEstimator()
-    estimator.on_sent(1000, 0.0)
-    estimator.on_ack(1000, 0.1)
+    estimator.on_sent(100_000, 0.0)
+    estimator.on_ack(100_000, 0.1)
     before = estimator.rate_bytes_per_s
-    estimator.on_ack(1000, 0.2)
+    estimator.on_ack(100_000, 0.2)
     estimator.on_ack(10, 0.3)
-    assert estimator.rate_bytes_per_s == before == pytest.approx(10_000)
+    assert estimator.rate_bytes_per_s == before == pytest.approx(1_000_000)
     assert estimator.min_rtt_s == pytest.approx(0.1)
 
 
 def estimator_of(rate, chunks=300, chunk_bytes=64 * KIB):
-    """An estimator that has seen chunks acknowledged at this rate."""
+    """An estimator that has seen chunks acknowledged at this rate, with one more under way."""
     estimator = RateEstimator()
+    estimator.on_sent(chunk_bytes, 0.0)
     for i in range(chunks + 1):
         now_s = i * chunk_bytes / rate
         estimator.on_ack(i * chunk_bytes, now_s)
-        estimator.on_sent((i + 1) * chunk_bytes, now_s)
+        estimator.on_sent((i + 2) * chunk_bytes, now_s)
     return estimator, now_s
 
 
@@ -205,6 +217,7 @@ def test_chunk_of_usual_links(rate, chunk):
 def test_pace_has_no_limit_while_warming_up_or_on_fast_links():
     estimator, now_s = estimator_of(100 * MBIT, chunks=10)
     assert now_s < 0.1
+    assert estimator.rate_bytes_per_s is not None
     assert estimator.pace_bytes_per_s(now_s) == 0
     assert estimator.pace_bytes_per_s(now_s + 0.1) > 0
     estimator, now_s = estimator_of(260e6)
@@ -215,6 +228,6 @@ def test_pace_cycles_through_probe_drain_and_cruise():
     estimator, now_s = estimator_of(100 * MBIT)
     now_s += 1  # the cycle is over: a probe is due and starts with the next chunk
     assert estimator.pace_bytes_per_s(now_s) == pytest.approx(1.25 * 100 * MBIT)
-    estimator.on_sent(302 * 64 * KIB, now_s)
+    estimator.on_sent(303 * 64 * KIB, now_s)
     gains = [estimator.pace_bytes_per_s(now_s + at_s) / (100 * MBIT) for at_s in (0.01, 0.03, 0.5)]
     assert gains == pytest.approx([1.25, 0.75, 0.99])
