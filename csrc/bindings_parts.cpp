@@ -118,6 +118,7 @@ void bindRateEstimator(py::module_& m) {
       .def("on_sent", &RateEstimator::onSent, py::arg("sent_bytes"), py::arg("now_s"))
       .def("on_idle", &RateEstimator::onIdle)
       .def("on_ack", &RateEstimator::onAck, py::arg("acked_bytes"), py::arg("now_s"))
+      .def("on_queueing", &RateEstimator::onQueueing, py::arg("queue_s"), py::arg("now_s"))
       .def_property_readonly("rate_bytes_per_s", &RateEstimator::rateBytesPerS)
       .def_property_readonly("min_rtt_s", &RateEstimator::minRttS)
       .def("chunk_bytes", &RateEstimator::chunkBytes)

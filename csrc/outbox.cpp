@@ -258,6 +258,7 @@ void Outbox::adapt(double now_s) {
                                               : kFastUnsentLimit;
   if (limit != applied_limit_) connection->socket().setUnsentLimit(applied_limit_ = limit);
   if (!options_.has_pacing) return;
+  if (applied_pace_ > 0) estimator_.onQueueing(connection->socket().queueingS(), now_s);
   double pace = known_rate_ > 0 ? 0.99 * known_rate_ : estimator_.paceBytesPerS(now_s);
   if (std::abs(pace - applied_pace_) > 0.002 * applied_pace_) {
     connection->socket().setPace(applied_pace_ = pace);

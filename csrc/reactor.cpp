@@ -182,6 +182,22 @@ void Socket::setPace(double bytes_per_s) {
   setOption(fd_, SOL_SOCKET, SO_MAX_PACING_RATE, rate);
 }
 
+double Socket::queueingS() const {
+  // The kernel's own structure is longer, and the libc's one has no tcpi_min_rtt.
+  struct {
+    tcp_info begin;
+    std::uint8_t rest[256];
+  } info{};
+  constexpr std::size_t kMinRttOffset = 148;  // of tcpi_min_rtt since Linux 4.6
+  socklen_t size = sizeof info;
+  if (::getsockopt(fd_, IPPROTO_TCP, TCP_INFO, &info, &size) < 0) return 0;
+  if (size < kMinRttOffset + sizeof(std::uint32_t)) return 0;
+  std::uint32_t min_rtt_us;
+  std::memcpy(&min_rtt_us, reinterpret_cast<const std::uint8_t*>(&info) + kMinRttOffset,
+              sizeof min_rtt_us);
+  return info.begin.tcpi_rtt > min_rtt_us ? 1e-6 * (info.begin.tcpi_rtt - min_rtt_us) : 0;
+}
+
 void Socket::setTrafficClass(std::uint8_t traffic_class) {
   // Access points sort by the upper three bits: voice, voice, video, best effort, background.
   constexpr std::array<int, kNumClasses> kDscp = {46, 46, 34, 0, 8};  // EF EF AF41 CS0 CS1
@@ -227,7 +243,10 @@ void Reactor::remove(const Socket& socket) {
 const std::vector<Reactor::Event>& Reactor::wait(double timeout_s) {
   std::array<epoll_event, 64> ready;
   int timeout_ms = static_cast<int>(std::ceil(timeout_s * 1e3));
-  int count = ::epoll_wait(epoll_, ready.data(), static_cast<int>(ready.size()), timeout_ms);
+  int count;
+  do {
+    count = ::epoll_wait(epoll_, ready.data(), static_cast<int>(ready.size()), timeout_ms);
+  } while (count < 0 && errno == EINTR);
   events_.clear();
   for (int i = 0; i < count; ++i) {
     if (ready[i].data.u64 == kWakeToken) continue;

@@ -101,13 +101,13 @@ def test_rate_rise_to_3x_is_found_within_5_s_in_spite_of_pacing(rate, rtt_s):
 @settings(max_examples=30, deadline=None)
 def test_pace_uses_the_link_and_leaves_no_queue(rate, rtt_s):
     link = Link(rate, rtt_s=rtt_s, buffer_bytes=max(32 * KIB, rate // 50))
-    link.run(8)  # the queue of the start, when there is no limit, drains by 10 ms per second
+    link.run(8)
     first, start_s = link.sent_bytes, link.now_s
     queues_s = []
     while link.now_s < start_s + 10:
         link.send()
         queues_s.append(link.queue_s())
-    assert (link.sent_bytes - first) / (link.now_s - start_s) >= 0.985 * rate
+    assert (link.sent_bytes - first) / (link.now_s - start_s) >= 0.98 * rate
     chunk_s = link.estimator.chunk_bytes() / rate
     assert sorted(queues_s)[len(queues_s) // 2] <= 2 * chunk_s  # one on the wire, one behind it
 
@@ -226,8 +226,20 @@ def test_pace_has_no_limit_while_warming_up_or_on_fast_links():
 
 def test_pace_cycles_through_probe_drain_and_cruise():
     estimator, now_s = estimator_of(100 * MBIT)
-    now_s += 1  # the cycle is over: a probe is due and starts with the next chunk
-    assert estimator.pace_bytes_per_s(now_s) == pytest.approx(1.25 * 100 * MBIT)
+    now_s += 2  # the cycle is over: a probe is due and starts with the next chunk
+    assert estimator.pace_bytes_per_s(now_s) == pytest.approx(1.15 * 100 * MBIT)
     estimator.on_sent(303 * 64 * KIB, now_s)
-    gains = [estimator.pace_bytes_per_s(now_s + at_s) / (100 * MBIT) for at_s in (0.01, 0.03, 0.5)]
-    assert gains == pytest.approx([1.25, 0.75, 0.99])
+    gains = [estimator.pace_bytes_per_s(now_s + at_s) / (100 * MBIT) for at_s in (0.02, 0.06, 0.5)]
+    assert gains == pytest.approx([1.15, 0.75, 0.985])
+
+
+def test_pace_gives_way_to_a_queue_within_limits():
+    estimator, now_s = estimator_of(100 * MBIT)
+    now_s += 1
+    before = estimator.pace_bytes_per_s(now_s)
+    for i in range(100):
+        estimator.on_queueing(0.005, now_s + 0.05 * i)
+    assert 0.9 * before < estimator.pace_bytes_per_s(now_s) < 0.95 * before
+    for i in range(100, 300):
+        estimator.on_queueing(0.0, now_s + 0.05 * i)
+    assert estimator.pace_bytes_per_s(now_s) == pytest.approx(before)
