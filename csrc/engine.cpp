@@ -15,6 +15,11 @@ std::uint64_t tokenOf(std::uint32_t rank, int lane) {
   return std::uint64_t{rank} << 1 | static_cast<std::uint64_t>(lane);
 }
 
+bool isLater(const std::pair<double, std::weak_ptr<Transfer>>& a,
+             const std::pair<double, std::weak_ptr<Transfer>>& b) {
+  return a.first > b.first;
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
@@ -39,11 +44,15 @@ Engine::~Engine() {
 
 // ------------------------------------------------------------ other threads
 
-void Engine::checkUsable() const {
+void Engine::checkProcess() const {
   if (::getpid() != process_) {
     throw std::logic_error("this process was forked from the one that owns the engine: create an "
                            "engine in the child, or start it with the spawn method");
   }
+}
+
+void Engine::checkUsable() const {
+  checkProcess();
   if (is_closed_) throw std::runtime_error("the engine is closed");
 }
 
@@ -107,6 +116,7 @@ OperationPtr Engine::receive(void* data, std::uint64_t num_bytes, std::int32_t s
 }
 
 void Engine::cancel(const OperationPtr& operation) {
+  checkProcess();
   if (is_closed_) return;
   auto transfer = std::dynamic_pointer_cast<Transfer>(operation);
   if (transfer) {
@@ -132,7 +142,6 @@ void Engine::connect(const std::map<std::uint32_t, PeerAddress>& peers, const Me
                                 ", which is this one, allowed: the others");
   }
   call([&] {
-    media_.configure(media);
     double now_s = nowS();
     PeerHost& host = *this;
     connect_limit_s_ = now_s + options_.connect_timeout_s;
@@ -151,6 +160,12 @@ void Engine::connect(const std::map<std::uint32_t, PeerAddress>& peers, const Me
         dialer_.call(rank, lane, address, now_s);
       }
     }
+    MediaOptions known = media;  // a medium whose arbiter nobody can ask is used freely
+    for (auto arbiter = known.arbiters.begin(); arbiter != known.arbiters.end();) {
+      bool is_known = arbiter->second == options_.rank || peers_.count(arbiter->second) > 0;
+      arbiter = is_known ? std::next(arbiter) : known.arbiters.erase(arbiter);
+    }
+    media_.configure(known);
   });
 }
 
@@ -170,6 +185,7 @@ std::vector<std::uint32_t> Engine::waitConnected(double timeout_s) {
 }
 
 std::vector<EngineEvent> Engine::events() {
+  checkProcess();
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<EngineEvent> taken;
   taken.swap(events_);
@@ -218,6 +234,7 @@ void Engine::reconfigure(std::uint32_t epoch) {
 }
 
 void Engine::close(double linger_s) {
+  if (::getpid() != process_) return;  // the connections are the parent's
   std::lock_guard<std::mutex> lock(closing_);
   if (!thread_.joinable()) return;
   double limit_s = nowS() + linger_s;
@@ -309,7 +326,7 @@ double Engine::nextWakeS() const {
     return entry.second->outbox.queue(Lanes::kBulkLane).size() > 0;
   });
   double wait_s = is_busy ? kBusyTickS : kTickS;
-  if (!timers_.empty()) wait_s = std::min(wait_s, timers_.top().first - nowS());
+  if (!timers_.empty()) wait_s = std::min(wait_s, timers_.front().first - nowS());
   return std::max(0.0, wait_s);
 }
 
@@ -331,10 +348,25 @@ void Engine::tick() {
   }
 }
 
+void Engine::addTimer(double time_s, const TransferPtr& transfer) {
+  if (timers_.size() >= max_timers_) {
+    auto isOver = [](const Timer& timer) {
+      TransferPtr other = timer.second.lock();
+      return !other || other->isDone();
+    };
+    timers_.erase(std::remove_if(timers_.begin(), timers_.end(), isOver), timers_.end());
+    std::make_heap(timers_.begin(), timers_.end(), isLater);
+    max_timers_ = std::max<std::size_t>(1024, 2 * timers_.size());
+  }
+  timers_.emplace_back(time_s, transfer);
+  std::push_heap(timers_.begin(), timers_.end(), isLater);
+}
+
 void Engine::expire(double now_s) {
-  while (!timers_.empty() && timers_.top().first <= now_s) {
-    TransferPtr transfer = timers_.top().second.lock();
-    timers_.pop();
+  while (!timers_.empty() && timers_.front().first <= now_s) {
+    std::pop_heap(timers_.begin(), timers_.end(), isLater);
+    TransferPtr transfer = timers_.back().second.lock();
+    timers_.pop_back();
     if (!transfer || transfer->isDone()) continue;
     char reason[64];
     std::snprintf(reason, sizeof reason, "no answer within %g s", transfer->timeout_s);

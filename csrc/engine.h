@@ -9,7 +9,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <queue>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -75,16 +74,14 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   void reconfigure(std::uint32_t epoch);
   void close(double linger_s);
 
-  // Throws std::logic_error after fork and, as kClosed, std::runtime_error after close.
+  // Throws std::logic_error in a forked child and std::runtime_error after close.
   void checkUsable() const;
+  void checkProcess() const;  // the first of these
   std::uint64_t nextId() { return ++ids_; }
 
  private:
   using Work = std::function<void()>;
   using Timer = std::pair<double, std::weak_ptr<Transfer>>;
-  struct Later {
-    bool operator()(const Timer& a, const Timer& b) const { return a.first > b.first; }
-  };
 
   void defer(Work work);
   void call(const Work& work);  // defers and waits
@@ -95,6 +92,7 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   void watch(Peer& peer);
   void tick();
   void expire(double now_s);
+  void addTimer(double time_s, const TransferPtr& transfer);
   double nextWakeS() const;
   bool isIdle() const;
 
@@ -128,7 +126,8 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   Media media_;
   std::map<std::uint32_t, std::unique_ptr<Peer>> peers_;
   std::map<std::uint64_t, bool> watched_;  // token -> asked for room
-  std::priority_queue<Timer, std::vector<Timer>, Later> timers_;
+  std::vector<Timer> timers_;  // a heap, the earliest first
+  std::size_t max_timers_ = 1024;  // when finished ones are swept out
   std::vector<TransferPtr> from_any_;
   std::deque<LoggedFrame> frames_;
   double connect_limit_s_ = 0;

@@ -28,7 +28,7 @@ void Engine::post(const TransferPtr& transfer) {
       peer.inbox.post(transfer);
     }
   }
-  if (!t.isDone() && std::isfinite(t.timeout_s)) timers_.emplace(nowS() + t.timeout_s, transfer);
+  if (!t.isDone() && std::isfinite(t.timeout_s)) addTimer(nowS() + t.timeout_s, transfer);
 }
 
 // Takes the first message with that group and tag that has begun to arrive, else waits for one.

@@ -104,7 +104,10 @@ bool Inbox::onData(const FrameHeader& header, const std::uint8_t* payload, bool 
     return false;
   }
   Message& m = message->second;
-  if (is_owed && m.transfer && m.stored.empty()) credit(eagerCharge(header.total));
+  bool is_stored = !m.transfer || !m.stored.empty();
+  if (is_owed && (!is_stored || !m.failure.empty() || !is_intact)) {
+    credit(eagerCharge(header.total));
+  }
   if (!m.failure.empty() || header.total != m.total) return false;
   if (!is_intact) {
     ++corrupt_frames_;
@@ -192,7 +195,9 @@ void Inbox::fail(Messages::iterator message, const std::string& reason) {
   Message& m = message->second;
   detach(key);
   charged_bytes_ -= m.charge;
-  if (m.charge > 0 && m.total <= options_.eager_bytes) credit(m.charge);
+  // What arrived whole is owed; of a part, the sender has taken its credit back by itself.
+  bool is_whole = m.is_eager && m.received == m.total;
+  if (m.charge > 0 && is_whole && m.total <= options_.eager_bytes) credit(m.charge);
   m.charge = 0;
   m.stored = {};
   m.failure = reason;

@@ -154,7 +154,7 @@ void Media::carryOut(Medium& medium, const std::vector<Arbiter::Order>& orders, 
 bool Media::onLost(std::uint32_t rank, double now_s) {
   bool is_affected = false;
   for (auto& [number, medium] : media_) {
-    medium.users.erase(rank);
+    if (medium.users.erase(rank) > 0 && medium.users.empty()) giveBack(medium, now_s);
     if (medium.arbiter) {
       carryOut(medium, medium.arbiter->giveBack(rank, now_s), now_s);
     } else if (medium.arbiter_rank == rank && !medium.is_free) {

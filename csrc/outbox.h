@@ -34,6 +34,8 @@ class Outbox {
   // Starts the next data frame of that lane, if one may leave now.
   void fill(Connection& connection, int lane, double now_s);
   void onDataSent(int lane);
+  // Bulk has to wait for a shared medium: what is outstanding now says nothing about the rate.
+  void pause() { estimator_.onIdle(); }
 
   // The bulk message that would go next.
   std::optional<Priority> bulkHead(double now_s) { return bulk().head(now_s); }

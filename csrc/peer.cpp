@@ -19,11 +19,11 @@ Peer::Peer(std::uint32_t peer_rank, const EngineOptions& options, PeerHost& host
       host_(host) {}
 
 void Peer::attach(std::unique_ptr<Connection> connection) {
-  std::size_t lane = connection->session().lane;
+  int lane = connection->session().lane;
   if (options_.has_dscp && lane == Lanes::kUrgentLane) {
     connection->socket().setTrafficClass(kUrgent);
   }
-  lanes.lane[lane] = std::move(connection);
+  lanes.attach(lane, std::move(connection));
   if (lane == Lanes::kBulkLane) outbox.adapt(nowS());
   if (hasLane(0) && hasLane(1)) state = State::kOpen;
 }
@@ -85,7 +85,7 @@ void Peer::onRoom(Connection& connection) {
       host_.media().done(rank, now_s);
       return;
     }
-    if (!host_.media().mayUse(rank, *head, now_s)) return;
+    if (!host_.media().mayUse(rank, *head, now_s)) return outbox.pause();
   }
   filled_s_[static_cast<std::size_t>(lane)] = now_s;
   outbox.fill(connection, lane, now_s);
@@ -122,7 +122,7 @@ void Peer::lose(const std::string& reason, Outcome outcome) {
   lost_reason = reason.empty() ? ended_reason_ : reason;
   outbox.failAll(outcome, lost_reason);
   inbox.failAll(outcome, lost_reason);
-  for (auto& connection : lanes.lane) connection.reset();
+  lanes.drop();
 }
 
 std::string Peer::tick(double now_s) {

@@ -40,8 +40,7 @@ constexpr std::uint64_t kFastSampleBytes = 4 * 1024 * 1024;
 constexpr double kLongQueueS = 0.0020;
 constexpr double kShortQueueS = 0.0014;
 constexpr double kTrimS = 0.040;
-constexpr double kMinTrim = 0.94;
-constexpr double kSlowGain = 0.97;
+constexpr double kMinTrim = 0.96;
 
 // A sample within a probe of a faster link shows up to 1.15; noise rarely shows 1.08. Going on at
 // once, a link that became 3 times as fast is found within 5 probes in a row instead of 5 seconds.
@@ -118,17 +117,18 @@ std::uint64_t RateEstimator::chunkBytes() const {
 
 double RateEstimator::probeS() const {
   const double rate = rateBytesPerS().value_or(kMaxPacedBytesPerS);
-  const double chunks_s = kProbeChunks * static_cast<double>(chunkBytes()) / rate;
+  // However slow the pace, the kernel sends segments of up to 64 KiB.
+  const auto burst = static_cast<double>(std::max(chunkBytes(), kUnknownChunkBytes));
+  const double chunks_s = kProbeChunks * burst / rate;
   return std::max(kMinProbeS, chunks_s + std::min(min_rtt_s_.value_or(0), kMaxRttS));
 }
 
 double RateEstimator::cycleS() const { return std::max(kMinCycleS, kCycleProbes * probeS()); }
 
 void RateEstimator::onQueueing(double queue_s, double now_s) {
-  is_queueing_ = queue_s > kLongQueueS;
   if (now_s - trimmed_s_ < kTrimS) return;
   trimmed_s_ = now_s;
-  if (is_queueing_) trim_ = std::max(kMinTrim, trim_ * 0.99);
+  if (queue_s > kLongQueueS) trim_ = std::max(kMinTrim, trim_ * 0.99);
   if (queue_s < kShortQueueS) trim_ = std::min(1.0, trim_ * 1.002);
 }
 
@@ -143,7 +143,7 @@ double RateEstimator::paceBytesPerS(double now_s) const {
   // At the end of a cycle a probe is due, and starts with the next chunk.
   if (phase_s < probe_s || phase_s >= cycleS()) return kProbeGain * pace;
   if (phase_s < 2 * probe_s) return kDrainGain * pace;
-  return (is_queueing_ ? kSlowGain : kCruiseGain) * pace;
+  return kCruiseGain * pace;
 }
 
 }  // namespace dora

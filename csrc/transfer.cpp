@@ -33,6 +33,27 @@ MessageKey PostCounter::next(MessageKey key) const {
   return key;
 }
 
+void Lanes::control(const FrameHeader& header, const std::string& payload) {
+  if (lane[kUrgentLane]) {
+    lane[kUrgentLane]->sendControl(header, payload);
+  } else if (!is_dropped_) {
+    early_.emplace_back(header, payload);
+  }
+}
+
+void Lanes::attach(int number, std::unique_ptr<Connection> connection) {
+  lane[static_cast<std::size_t>(number)] = std::move(connection);
+  if (number != kUrgentLane) return;
+  for (const auto& [header, payload] : early_) control(header, payload);
+  early_.clear();
+}
+
+void Lanes::drop() {
+  is_dropped_ = true;
+  early_.clear();
+  for (auto& connection : lane) connection.reset();
+}
+
 void Lanes::control(FrameType type, const MessageKey& key, std::uint64_t total,
                     std::uint8_t flags, const std::string& payload) {
   FrameHeader header;

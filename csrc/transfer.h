@@ -7,6 +7,8 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "connection.h"
 #include "operation.h"
@@ -74,11 +76,16 @@ struct Lanes {
   static constexpr int kUrgentLane = 0, kBulkLane = 1;
   std::array<std::unique_ptr<Connection>, 2> lane;
 
-  void control(const FrameHeader& header, const std::string& payload = "") {
-    if (lane[kUrgentLane]) lane[kUrgentLane]->sendControl(header, payload);
-  }
+  // Before the urgent lane is there, control frames wait for it.
+  void control(const FrameHeader& header, const std::string& payload = "");
+  void attach(int number, std::unique_ptr<Connection> connection);
+  void drop();
   void control(FrameType type, const MessageKey& key, std::uint64_t total, std::uint8_t flags = 0,
                const std::string& payload = "");
+
+ private:
+  std::vector<std::pair<FrameHeader, std::string>> early_;
+  bool is_dropped_ = false;
 };
 
 struct EngineOptions {

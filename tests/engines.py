@@ -101,6 +101,11 @@ def until(condition: Callable[[], Any], limit_s: float = 10) -> Any:
     return value
 
 
+def await_event(engine: _C.Engine, kind: str, rank: int) -> str:
+    """The text of the first such event; operations fail a moment before it is reported."""
+    return until(lambda: [text for k, r, text in engine.events() if (k, r) == (kind, rank)])[0]
+
+
 class Child:
     """A process that runs `function(pipe, *args)`."""
 
@@ -198,8 +203,8 @@ def proxied(
     a, b = (_C.Engine(rank, KEY, host=HOST, **options) for rank in range(2))
     proxy = Proxy(b.port, alter)
     try:
+        b.connect({0: (HOST, a.port)})  # first, so that it expects the call
         a.connect({1: (HOST, proxy.port)})
-        b.connect({0: (HOST, a.port)})
         assert a.wait_connected(10) == b.wait_connected(10) == []
         yield a, b, proxy
     finally:

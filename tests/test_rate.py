@@ -107,7 +107,8 @@ def test_pace_uses_the_link_and_leaves_no_queue(rate, rtt_s):
     while link.now_s < start_s + 10:
         link.send()
         queues_s.append(link.queue_s())
-    assert (link.sent_bytes - first) / (link.now_s - start_s) >= 0.98 * rate
+    used = (link.sent_bytes - first) / (link.now_s - start_s) / rate
+    assert used >= (0.98 if rate >= 20 * MBIT else 0.97)  # slow links are probed for longer
     chunk_s = link.estimator.chunk_bytes() / rate
     assert sorted(queues_s)[len(queues_s) // 2] <= 2 * chunk_s  # one on the wire, one behind it
 
@@ -239,7 +240,7 @@ def test_pace_gives_way_to_a_queue_within_limits():
     before = estimator.pace_bytes_per_s(now_s)
     for i in range(100):
         estimator.on_queueing(0.005, now_s + 0.05 * i)
-    assert 0.9 * before < estimator.pace_bytes_per_s(now_s) < 0.95 * before
+    assert 0.95 * before < estimator.pace_bytes_per_s(now_s) < 0.97 * before
     for i in range(100, 300):
         estimator.on_queueing(0.0, now_s + 0.05 * i)
     assert estimator.pace_bytes_per_s(now_s) == pytest.approx(before)
