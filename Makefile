@@ -54,8 +54,9 @@ lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy dora
 
-bench: $(ENGINE)  ## compare step time and memory with torch.distributed.pipelining
+bench: $(ENGINE)  ## compare with torch.distributed.pipelining, gloo and raw TCP, quickly
 	@$(BIN)/python benchmarks/bench_pipeline.py --quick $(ARGS)
+	@$(BIN)/python benchmarks/bench_comm.py --quick $(ARGS)
 
 clean:  ## remove .venv, caches and build results
 	@rm -rf .venv build dist *.egg-info dora/_C.*.so

@@ -180,7 +180,7 @@ class Dora:
             warmup=warmup_for(shares, extra=extra),
         )
         self.inputs, self.targets = batch(case)
-        self.model = DoraParallel(build(case), plan, sample=self.inputs[:1])
+        self.model = DoraParallel(build(case), plan, sample=self.inputs[:1], transport="gloo")
         self.parameters = list(self.model.parameters())
 
     def step(self) -> float:

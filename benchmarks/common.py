@@ -194,8 +194,8 @@ def finish(metrics: Mapping[str, Metric]) -> int:
 
 # Ranks are forked from a server that has imported everything once: they start in milliseconds
 # and with the same pages, so that their memory can be compared.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.pipelining", "dora"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch.distributed.pipelining", "dora"])
 
 
 def run_ranks(
@@ -212,8 +212,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(num_ranks):
-            here, there = _context.Pipe(duplex=False)
-            process = _context.Process(
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_rank_main,
                 args=(there, rank, num_ranks, folder, (function, *args)),
                 daemon=True,

@@ -14,10 +14,13 @@ partition/    nn.Module -> chain of blocks
 profiler/     measures blocks and links
 planner/      which blocks on which devices
 scheduler/    what each rank does in which order
-runtime/      DoraParallel: training and inference over torch.distributed
+runtime/      DoraParallel: training and inference; the torch.distributed backend "dora"
+_C            the communication engine in C++, from csrc/: priorities, chunks, authentication
+keys.py       where the job's secret comes from
 search.py     profile + plan in one call, for DoraParallel's `plan`
 simulator/    timelines as Perfetto traces and text
-cli.py        the command `dora`; views.py its tables, doctor.py and factory.py its questions
+cli.py        the command `dora`; cli_network.py doctor and keys, console.py what they print with,
+              views.py tables, doctor.py, peercheck.py and factory.py the questions they ask
 demo/         what `dora demo` trains, measures and shows
 """
 
@@ -28,6 +31,7 @@ from dora.errors import DoraError, InfeasiblePlanError, PeerLostError
 from dora.files import load, save
 from dora.partition import partition
 from dora.runtime.parallel import DoraParallel
+from dora.runtime.process_group import register as register_backend
 from dora.search import planned
 from dora.spec import Cluster, Plan, QoE, Workload
 
@@ -45,6 +49,7 @@ __all__ = [
     "load_cluster",
     "partition",
     "planned",
+    "register_backend",
     "save",
 ]
 

@@ -68,6 +68,13 @@ def test_ranks_plan_from_files(tmp_path):
     assert results[0] == results[1]
 
 
+def test_plans_know_the_media_of_their_cluster():
+    cluster = make_cluster()
+    found = explore(make_profile(), cluster, Workload(batch_size=4))
+    assert found.plans
+    assert all(plan.links == cluster.links for plan in found.plans)
+
+
 def plan_for_three(rank: int) -> None:
     DoraParallel(make_model(), planned(make_cluster(3), Workload()), sample=torch.zeros(4, 16))
 

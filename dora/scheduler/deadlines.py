@@ -44,8 +44,12 @@ def consumer_starts(
                 at[rank] += 1
                 left -= 1
         assert left < before, "a validated schedule does not deadlock"
-    sends = {Action(s - 1, "SEND_F", m): t for (s, kind, m), t in start.items() if kind == "F"}
-    sends |= {Action(s + 1, "SEND_B", m): t for (s, kind, m), t in start.items() if kind == "B"}
+    sends = {}
+    for (stage, kind, m), time in start.items():
+        if kind == "F" and stage > 0:
+            sends[Action(stage - 1, "SEND_F", m)] = time
+        if kind == "B" and stage < last:
+            sends[Action(stage + 1, "SEND_B", m)] = time
     return sends
 
 
