@@ -88,8 +88,9 @@ std::uint8_t* Inbox::onHeader(const FrameHeader& header) {
   }
   m.is_eager = (header.flags & kFlagEager) != 0;
   if (m.transfer) return m.transfer->data + header.offset;
-  // Only eager data may come before the receive; a granted message has one.
-  return m.stored.size() == m.total ? m.stored.data() + header.offset : nullptr;
+  // Only eager data may come before the receive: the sender has asked and was granted nothing yet.
+  if (m.is_requested) throw ProtocolError("data: given before its grant, allowed: after it");
+  return m.stored.data() + header.offset;
 }
 
 bool Inbox::onData(const FrameHeader& header, const std::uint8_t* payload, bool is_intact) {
