@@ -19,7 +19,7 @@ constexpr double kMaxPacedBytesPerS = 250e6;
 constexpr double kMinCycleS = 2.0;
 constexpr double kProbeGain = 1.15;
 constexpr double kDrainGain = 0.75;
-constexpr double kCruiseGain = 0.985;
+constexpr double kCruiseGain = 0.99;
 
 // A probe has to last a round trip, or no sample lies within it, and a few chunks, as pacing acts
 // on whole chunks: that is 0.4 s at 1 Mbit/s, so there a cycle is longer.
@@ -40,7 +40,7 @@ constexpr std::uint64_t kFastSampleBytes = 4 * 1024 * 1024;
 constexpr double kLongQueueS = 0.0020;
 constexpr double kShortQueueS = 0.0014;
 constexpr double kTrimS = 0.040;
-constexpr double kMinTrim = 0.96;
+constexpr double kMinTrim = 0.95;
 
 // A sample within a probe of a faster link shows up to 1.15; noise rarely shows 1.08. Going on at
 // once, a link that became 3 times as fast is found within 5 probes in a row instead of 5 seconds.

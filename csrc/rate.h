@@ -39,7 +39,7 @@ class RateEstimator {
   void onAck(std::uint64_t acked_bytes, double now_s);
 
   // Data waits `queue_s` in the network: the pace is above the link's rate, since the largest
-  // sample is a little too large. Corrects the pace by up to 4 %, not the estimate.
+  // sample is a little too large. Corrects the pace by up to 5 %, not the estimate.
   void onQueueing(double queue_s, double now_s);
 
   std::optional<double> rateBytesPerS() const;  // none before the first sample
