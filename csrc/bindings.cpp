@@ -7,19 +7,13 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "collectives.h"
 #include "engine.h"
 
 namespace py = pybind11;
 
 namespace dora {
-
-// bindings_parts.cpp
-Protection protectionOf(const std::string& word);
-DataType dataTypeOf(const std::string& word);
-ReduceOp reduceOpOf(const std::string& word);
-std::string checkedKey(std::string key);
-void bindParts(py::module_& m);
 
 namespace {
 

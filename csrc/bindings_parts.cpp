@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "arbiter.h"
+#include "bindings.h"
 #include "frame.h"
 #include "handshake.h"
 #include "rate.h"
@@ -24,13 +25,6 @@ namespace py = pybind11;
 namespace dora {
 
 constexpr std::size_t kMinKeyBytes = 16;
-
-// What Python's words mean; also for bindings.cpp.
-Protection protectionOf(const std::string& word);
-DataType dataTypeOf(const std::string& word);
-ReduceOp reduceOpOf(const std::string& word);
-std::string checkedKey(std::string key);
-void bindParts(py::module_& m);
 
 namespace {
 

@@ -9,15 +9,9 @@ namespace dora {
 
 namespace {
 
-constexpr double kTickS = 0.25, kBusyTickS = 0.01;
 
 std::uint64_t tokenOf(std::uint32_t rank, int lane) {
   return std::uint64_t{rank} << 1 | static_cast<std::uint64_t>(lane);
-}
-
-bool isLater(const std::pair<double, std::weak_ptr<Transfer>>& a,
-             const std::pair<double, std::weak_ptr<Transfer>>& b) {
-  return a.first > b.first;
 }
 
 }  // namespace
@@ -342,15 +336,6 @@ void Engine::watch(Peer& peer) {
   }
 }
 
-double Engine::nextWakeS() const {
-  bool is_busy = std::any_of(peers_.begin(), peers_.end(), [](const auto& entry) {
-    return entry.second->outbox.queue(Lanes::kBulkLane).size() > 0;
-  });
-  double wait_s = is_busy ? kBusyTickS : kTickS;
-  if (!timers_.empty()) wait_s = std::min(wait_s, timers_.front().first - nowS());
-  return std::max(0.0, wait_s);
-}
-
 void Engine::tick() {
   double now_s = nowS();
   expire(now_s);
@@ -366,32 +351,6 @@ void Engine::tick() {
                           std::to_string(static_cast<int>(options_.connect_timeout_s)) + " s: " +
                           dialer_.lastProblem(rank));
     }
-  }
-}
-
-void Engine::addTimer(double time_s, const TransferPtr& transfer) {
-  if (timers_.size() >= max_timers_) {
-    auto isOver = [](const Timer& timer) {
-      TransferPtr other = timer.second.lock();
-      return !other || other->isDone();
-    };
-    timers_.erase(std::remove_if(timers_.begin(), timers_.end(), isOver), timers_.end());
-    std::make_heap(timers_.begin(), timers_.end(), isLater);
-    max_timers_ = std::max<std::size_t>(1024, 2 * timers_.size());
-  }
-  timers_.emplace_back(time_s, transfer);
-  std::push_heap(timers_.begin(), timers_.end(), isLater);
-}
-
-void Engine::expire(double now_s) {
-  while (!timers_.empty() && timers_.front().first <= now_s) {
-    std::pop_heap(timers_.begin(), timers_.end(), isLater);
-    TransferPtr transfer = timers_.back().second.lock();
-    timers_.pop_back();
-    if (!transfer || transfer->isDone()) continue;
-    char reason[64];
-    std::snprintf(reason, sizeof reason, "no answer within %g s", transfer->timeout_s);
-    endTransfer(*transfer, Outcome::kTimedOut, reason);
   }
 }
 

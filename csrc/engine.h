@@ -20,6 +20,9 @@
 
 namespace dora {
 
+// How often the I/O thread looks after peers: idle, and while bulk is under way.
+constexpr double kTickS = 0.25, kBusyTickS = 0.01;
+
 // Something that happened beside operations.
 struct EngineEvent {
   std::string kind;  // connected, peer_lost, refused, arbiter_lost

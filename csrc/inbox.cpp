@@ -9,11 +9,6 @@ namespace {
 
 constexpr std::size_t kMaxEnded = 1024;
 
-std::string sizes(std::uint64_t sent, std::uint64_t expected) {
-  return "the message has " + std::to_string(sent) + " bytes, the receive has room for " +
-         std::to_string(expected) + ": give both the same shape and dtype";
-}
-
 }  // namespace
 
 Inbox::Inbox(const EngineOptions& options, Lanes& lanes) : options_(options), lanes_(lanes) {}
@@ -33,7 +28,7 @@ void Inbox::post(const TransferPtr& transfer) {
   }
   if (!m.failure.empty()) return fail(message, std::string(m.failure));
   if (m.total != transfer->num_bytes) {
-    std::string reason = sizes(m.total, transfer->num_bytes);
+    std::string reason = sizeMismatch(m.total, transfer->num_bytes);
     lanes_.control(FrameType::kCancel, key, 0, kFlagToSender, reason);
     return fail(message, reason);
   }
@@ -81,7 +76,7 @@ std::uint8_t* Inbox::onHeader(const FrameHeader& header) {
   Message& m = message->second;
   if (!m.failure.empty()) return nullptr;
   if (header.total != m.total) {
-    std::string reason = sizes(header.total, m.total);
+    std::string reason = sizeMismatch(header.total, m.total);
     lanes_.control(FrameType::kCancel, keyOf(header), 0, kFlagToSender, reason);
     fail(message, reason);
     return nullptr;
@@ -165,7 +160,7 @@ bool Inbox::onRequest(const FrameHeader& header) {
   }
   if (!m.transfer || m.is_requested) return false;
   if (m.total != header.total) {
-    std::string reason = sizes(header.total, m.total);
+    std::string reason = sizeMismatch(header.total, m.total);
     lanes_.control(FrameType::kCancel, key, 0, kFlagToSender, reason);
     fail(message, reason);
     return false;

@@ -20,11 +20,6 @@ constexpr std::size_t kFirstUnsentLimit = 64 * 1024;
 constexpr double kFastBytesPerS = 250e6;
 constexpr std::size_t kFastUnsentLimit = 2 * 1024 * 1024;
 
-std::string sizes(std::uint64_t sent, std::uint64_t expected) {
-  return "the message has " + std::to_string(sent) + " bytes, the receive has room for " +
-         std::to_string(expected) + ": give both the same shape and dtype";
-}
-
 }  // namespace
 
 Outbox::Outbox(const EngineOptions& options, Lanes& lanes)
@@ -46,8 +41,8 @@ void Outbox::post(const TransferPtr& transfer, double now_s) {
     std::uint64_t expected = grant->second;
     grants_.erase(grant);
     if (expected != size) {
-      lanes_.control(FrameType::kCancel, key, 0, 0, sizes(size, expected));
-      transfer->fail(Outcome::kProtocol, sizes(size, expected));
+      lanes_.control(FrameType::kCancel, key, 0, 0, sizeMismatch(size, expected));
+      transfer->fail(Outcome::kProtocol, sizeMismatch(size, expected));
       return;
     }
     is_granted = true;
@@ -195,7 +190,7 @@ void Outbox::onGrant(const FrameHeader& header) {
   Send& send = sends_.at(id->second);
   if (header.total != send.transfer->num_bytes) {
     TransferPtr transfer = send.transfer;
-    cancel(*transfer, Outcome::kProtocol, sizes(transfer->num_bytes, header.total));
+    cancel(*transfer, Outcome::kProtocol, sizeMismatch(transfer->num_bytes, header.total));
     return;
   }
   queues_[static_cast<std::size_t>(send.lane)].setReady(id->second);

@@ -9,6 +9,11 @@ std::string Transfer::explain(const std::string& reason) const {
          std::to_string(key.tag) + "): " + reason;
 }
 
+std::string sizeMismatch(std::uint64_t sent, std::uint64_t expected) {
+  return "the message has " + std::to_string(sent) + " bytes, the receive has room for " +
+         std::to_string(expected) + ": give both the same shape and dtype";
+}
+
 namespace {
 
 std::uint64_t slot(const MessageKey& key) {

@@ -67,6 +67,9 @@ class PostCounter {
 // What a message costs of the eager credit: its bytes and the bookkeeping.
 inline std::uint64_t eagerCharge(std::uint64_t num_bytes) { return num_bytes + 256; }
 
+// What both ends are told when a message does not fit its receive.
+std::string sizeMismatch(std::uint64_t sent, std::uint64_t expected);
+
 // Facts about unknown messages that a peer may make this rank remember.
 constexpr std::size_t kMaxRemembered = 65536;
 
