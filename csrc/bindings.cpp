@@ -100,6 +100,10 @@ std::unique_ptr<PyEngine> makeEngine(std::uint32_t rank, const py::bytes& key, s
   options.protection = protectionOf(protection);
   options.host = host;
   options.port = port;
+  if (eager_bytes > kMinChunkBytes) {  // a small message is one chunk: it leaves whole or not at all
+    throw std::invalid_argument("eager_bytes: given " + std::to_string(eager_bytes) +
+                                ", allowed: 0 to " + std::to_string(kMinChunkBytes));
+  }
   options.eager_bytes = eager_bytes;
   options.eager_credit_bytes = eager_credit_bytes;
   options.heartbeat_s = heartbeat_s;

@@ -50,7 +50,7 @@ enum class FrameType : std::uint8_t {
 constexpr std::uint8_t kLastFrameType = 13;
 
 enum FrameFlag : std::uint8_t {
-  kFlagEager = 1,   // data sent before a grant: counts against the eager credit
+  kFlagEager = 1,   // kData, kCancel: sent before a grant, counts against the eager credit
   kFlagAckMe = 2,   // the sender wants an acknowledgement now
   kFlagToSender = 4,  // kCancel: the receiver of the message cancelled, not its sender
 };

@@ -173,7 +173,13 @@ bool Inbox::onRequest(const FrameHeader& header) {
 void Inbox::onCancel(const FrameHeader& header, const std::string& reason) {
   MessageKey key = keyOf(header);
   auto message = messages_.find(key);
-  if (message == messages_.end()) {
+  bool is_known = message != messages_.end();
+  // A part of it has left early: its credit comes back with the one grant of every large message.
+  bool was_granted = is_known ? message->second.transfer != nullptr : isStale(key);
+  if ((header.flags & kFlagEager) && !was_granted) {
+    lanes_.control(FrameType::kGrant, key, header.total);
+  }
+  if (!is_known) {
     if (isStale(key)) return;
     if (messages_.size() - num_posted_ > kMaxRemembered) {
       throw ProtocolError("too many cancelled unknown messages");

@@ -75,7 +75,8 @@ void Outbox::fill(Connection& connection, int lane, double now_s) {
   SendQueue& queue = queues_[static_cast<std::size_t>(lane)];
   auto chunk = queue.next(now_s, lane == Lanes::kBulkLane ? chunkBytes() : kUrgentBytes);
   if (!chunk) return;
-  const Send& send = sends_.at(chunk->id);
+  Send& send = sends_.at(chunk->id);
+  send.is_started = true;
   const Transfer& transfer = *send.transfer;
   FrameHeader header;
   header.type = FrameType::kData;
@@ -146,20 +147,31 @@ void Outbox::drop(const Send& send) {
 void Outbox::cancel(Transfer& transfer, Outcome outcome, const std::string& reason) {
   auto found = sends_.find(transfer.id);
   if (found == sends_.end()) return;
-  MessageKey key = transfer.key;
-  if (end(found, outcome, reason)) lanes_.control(FrameType::kCancel, key, 0, 0, reason);
+  Send& send = found->second;
+  if (!isLeaving(send)) {
+    // The peer may have charged what has left: its credit comes back with the peer's answer, since
+    // this frame and the next data go different ways.
+    bool is_charged = send.is_eager && send.is_started;
+    if (is_charged) send.is_eager = false;
+    lanes_.control(FrameType::kCancel, transfer.key, transfer.num_bytes,
+                   is_charged ? kFlagEager : 0, reason);
+  }
+  end(found, outcome, reason);
 }
 
-// Returns whether the peer will miss a part of it; else its last chunk is on the way already.
-bool Outbox::end(std::unordered_map<std::uint64_t, Send>::iterator found, Outcome outcome,
+// Its last chunk is on the way: the peer will get it whole.
+bool Outbox::isLeaving(const Send& send) const {
+  return last_chunk_of_[static_cast<std::size_t>(send.lane)] == send.transfer->id;
+}
+
+void Outbox::end(std::unordered_map<std::uint64_t, Send>::iterator found, Outcome outcome,
                  const std::string& reason) {
+  bool is_leaving = isLeaving(found->second);
   Send send = std::move(found->second);
   sends_.erase(found);
-  bool is_leaving = last_chunk_of_[static_cast<std::size_t>(send.lane)] == send.transfer->id;
   drop(send);
   if (!is_leaving) release(send);
   send.transfer->fail(outcome, reason);
-  return !is_leaving;
 }
 
 void Outbox::failAll(Outcome outcome, const std::string& reason) {

@@ -57,12 +57,14 @@ class Outbox {
     TransferPtr transfer;
     int lane;
     bool is_eager;
+    bool is_started = false;
   };
 
   SendQueue& bulk() { return queues_[Lanes::kBulkLane]; }
   void finish(std::unordered_map<std::uint64_t, Send>::iterator send);
-  bool end(std::unordered_map<std::uint64_t, Send>::iterator send, Outcome outcome,
+  void end(std::unordered_map<std::uint64_t, Send>::iterator send, Outcome outcome,
            const std::string& reason);
+  bool isLeaving(const Send& send) const;
   void drop(const Send& send);
   void release(const Send& send);
 

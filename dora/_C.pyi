@@ -48,8 +48,7 @@ class Engine:
         protection: header, checksum, mac or encrypt; equal on all ranks.
         host: Address to listen on.
         port: To listen on; 0 takes a free one.
-        eager_bytes: Largest message that is sent without asking while credit lasts, and that
-            never waits for a grant of its own.
+        eager_bytes: Larger messages are granted one by one; at most 16384.
         eager_credit_bytes: Unexpected data that this rank stores per peer.
         heartbeat_s: A silent connection is asked for a sign of life this often.
         dead_s: A peer that is silent for so long is lost.

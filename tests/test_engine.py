@@ -321,7 +321,7 @@ CONFIGS = {
     "small credit": ({}, {"eager_bytes": 4096, "eager_credit_bytes": 65536}),
     "many chunks": (
         {"rates": dict.fromkeys(range(3), 8e6)},  # chunks of 16 KiB
-        {"eager_bytes": 65536, "eager_credit_bytes": 262_144, "pacing": False},
+        {"eager_bytes": 16384, "eager_credit_bytes": 262_144, "pacing": False},
     ),
 }
 ACTIONS = ["", "", "", "cancel", "cancel later", "reprioritise"]
@@ -433,7 +433,7 @@ def test_random_programs_end_on_both_sides_with_the_right_bytes(configured, mess
 
 def test_cancelled_eager_message_gives_its_credit_back_once():
     size = 1_000_000
-    options = {"eager_bytes": MIB, "eager_credit_bytes": 4 * MIB}
+    options = {"eager_credit_bytes": 4 * MIB}
     with group(2, {"rates": {0: 4e6, 1: 4e6}}, **options) as (a, b):
         data, room = pattern(size), np.zeros(size, np.uint8)
         sends = [send(a, data, 1, tag=2) for _ in range(3)]
