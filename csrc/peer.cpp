@@ -128,7 +128,11 @@ void Peer::lose(const std::string& reason, Outcome outcome) {
 std::string Peer::tick(double now_s) {
   if (state != State::kOpen) return "";
   if (drain_until_s_ > 0) return now_s > drain_until_s_ ? ended_reason_ : "";
-  double heard_s = std::max(lanes.lane[0]->lastHeardS(), lanes.lane[1]->lastHeardS());
+  // Who was stopped himself can not tell whether the others were silent meanwhile.
+  if (now_s - ticked_s_ > options_.dead_s / 2) awake_s_ = now_s;
+  ticked_s_ = now_s;
+  double heard_s =
+      std::max({awake_s_, lanes.lane[0]->lastHeardS(), lanes.lane[1]->lastHeardS()});
   if (now_s - heard_s > options_.dead_s) {
     return "no sign of life for " + std::to_string(static_cast<int>(now_s - heard_s)) +
            " s: the link is down or the process hangs";

@@ -79,6 +79,8 @@ class Peer : public ConnectionOwner {
   PeerHost& host_;
   std::array<double, 2> began_s_{};   // per lane: the frame that is arriving
   std::array<double, 2> filled_s_{};  // per lane: the data frame that is leaving
+  double ticked_s_ = 0;
+  double awake_s_ = 0;  // since when this process has run without a long break
   double pinged_s_ = 0;
   double rtt_s_ = 0;
   std::uint64_t pings_ = 0;
