@@ -6,8 +6,9 @@ namespace dora {
 
 namespace {
 
-// When one connection ends, the other may still hold data that was sent before.
-constexpr double kDrainS = 0.2;
+// When one connection ends, the other may still hold data that was sent before: for so long after
+// a crash. After a goodbye it is sure to end by itself, however slow or paced the link.
+constexpr double kDrainS = 0.8;
 
 }  // namespace
 
@@ -70,7 +71,10 @@ void Peer::onFrame(Connection& connection, const FrameHeader& header, const std:
       break;
     }
     case FrameType::kPong: onPong(header); break;
-    case FrameType::kBye: ended_reason_ = "the connection was closed; that process has ended"; break;
+    case FrameType::kBye:
+      has_heard_bye_ = true;
+      ended_reason_ = "the connection was closed; that process has ended";
+      break;
     default: host_.media().onFrame(rank, header, nowS());
   }
   if (is_new) host_.onUnexpected(*this, keyOf(header));
@@ -113,7 +117,7 @@ bool Peer::onLaneEnded(int lane, const std::string& reason, double now_s) {
     lanes.lane[static_cast<std::size_t>(lane)]->detachTarget();
     lanes.lane[static_cast<std::size_t>(lane)].reset();
   }
-  drain_until_s_ = now_s + kDrainS;
+  drain_until_s_ = now_s + (has_heard_bye_ ? options_.dead_s : kDrainS);
   return !hasLane(0) && !hasLane(1);
 }
 

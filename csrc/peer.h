@@ -87,6 +87,7 @@ class Peer : public ConnectionOwner {
   double drain_until_s_ = 0;
   std::string ended_reason_;
   bool has_said_bye_ = false;
+  bool has_heard_bye_ = false;
 };
 
 }  // namespace dora
