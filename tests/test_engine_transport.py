@@ -110,3 +110,19 @@ def leaving(rank: int) -> None:
 @both
 def test_messages_sent_before_a_close_arrive(backend):
     run_ranks(2, leaving, backend=backend)
+
+
+def passing_on_late(rank: int) -> None:
+    transport = EngineTransport(timeout_s=20)
+    x = torch.full((100_000,), float(rank))
+    if rank == 1:
+        time.sleep(1)  # rank 0 has closed by now, and rank 2 knows it
+    transport.broadcast(x, 0, [0, 1, 2], "initial w")
+    assert x[-1] == 0
+    transport.close()
+    dist.barrier()
+
+
+def test_peer_that_closes_after_its_part_does_not_fail_the_others():
+    """A goodbye used to cancel every operation of its sender's groups at once."""
+    run_ranks(3, passing_on_late, backend="dora")

@@ -24,6 +24,8 @@ from dora.runtime.rendezvous import Links
 _PATIENT_S = 1e6
 # What a peer sent before it closed has arrived after so long.
 _GRACE_S = 0.2
+# Others may still pass on what that peer has sent them.
+_GROUP_GRACE_S = 5.0
 # Of a timeline: some hundred megabytes at 100 Mbit/s.
 _LOG_FRAMES = 20_000
 _GOODBYE_TAG = (1 << 31) - 1
@@ -45,7 +47,7 @@ class EnginePending:
 
     def wait(self, timeout_s: float) -> None:
         """Blocks until done; raises PeerLostError that names rank, peer and action."""
-        is_over = self._pending.wait_until_over(_GRACE_S if self._is_forsaken() else timeout_s)
+        is_over = self._pending.wait_until_over(self._patience_s(timeout_s))
         if not is_over:
             self._pending.cancel()
             reason = CLOSED if self._is_forsaken() else no_answer(timeout_s)
@@ -62,8 +64,17 @@ class EnginePending:
         """Wakes whoever waits for it."""
         self._pending.cancel()
 
+    def has_lost_all(self) -> bool:
+        """Tells whether every peer of it has closed."""
+        return self.peers <= self._transport.gone
+
     def _is_forsaken(self) -> bool:
         return not self.peers.isdisjoint(self._transport.gone)
+
+    def _patience_s(self, timeout_s: float) -> float:
+        if not self._is_forsaken():
+            return timeout_s
+        return min(timeout_s, _GRACE_S if self.has_lost_all() else _GROUP_GRACE_S)
 
 
 class EngineTransport:
@@ -210,7 +221,11 @@ class EngineTransport:
             return
 
     def _hear_goodbyes(self) -> None:
-        """Fails what is under way with a peer as soon as it says that it has closed."""
+        """Fails what is under way with a peer once it has said that it has closed.
+
+        What it sent before has arrived by then or soon, and a group may do without it: a peer that
+        closes after its part of an all-reduce must not fail the others'.
+        """
         goodbyes = self._goodbyes = self.communicator.receive(
             torch.empty(0),
             None,
@@ -225,9 +240,16 @@ class EngineTransport:
                 return
             peer = goodbyes.source()
             self.gone.add(peer)
-            for pending in self._under_way():
-                if peer in pending.peers:
-                    pending.give_up()
+            for grace_s in (_GRACE_S, _GROUP_GRACE_S):
+                timer = threading.Timer(grace_s, self._give_up, (peer, grace_s))
+                timer.daemon = True
+                timer.start()
             self._hear_goodbyes()
 
         goodbyes.on_done(heard)
+
+    def _give_up(self, peer: int, grace_s: float) -> None:
+        for pending in self._under_way():
+            is_over = grace_s == _GROUP_GRACE_S or pending.has_lost_all()
+            if peer in pending.peers and is_over:
+                pending.give_up()
