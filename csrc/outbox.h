@@ -86,6 +86,7 @@ class Outbox {
   double known_rate_ = 0;
   double applied_pace_ = 0;
   std::size_t applied_limit_ = 0;
+  std::size_t segment_bytes_ = 0;
   std::uint8_t marked_class_ = kNumClasses;
 };
 

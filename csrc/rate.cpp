@@ -117,9 +117,7 @@ std::uint64_t RateEstimator::chunkBytes() const {
 
 double RateEstimator::probeS() const {
   const double rate = rateBytesPerS().value_or(kMaxPacedBytesPerS);
-  // However slow the pace, the kernel sends segments of up to 64 KiB.
-  const auto burst = static_cast<double>(std::max(chunkBytes(), kUnknownChunkBytes));
-  const double chunks_s = kProbeChunks * burst / rate;
+  const double chunks_s = kProbeChunks * static_cast<double>(chunkBytes()) / rate;
   return std::max(kMinProbeS, chunks_s + std::min(min_rtt_s_.value_or(0), kMaxRttS));
 }
 

@@ -182,6 +182,13 @@ void Socket::setPace(double bytes_per_s) {
   setOption(fd_, SOL_SOCKET, SO_MAX_PACING_RATE, rate);
 }
 
+std::size_t Socket::segmentBytes() const {
+  int num_bytes = 0;
+  socklen_t size = sizeof num_bytes;
+  ::getsockopt(fd_, IPPROTO_TCP, TCP_MAXSEG, &num_bytes, &size);
+  return static_cast<std::size_t>(num_bytes);
+}
+
 double Socket::queueingS() const {
   // The kernel's own structure is longer, and the libc's one has no tcpi_min_rtt.
   struct {

@@ -62,6 +62,7 @@ class Socket {
   // data need not queue behind them.
   void setUnsentLimit(std::size_t num_bytes);
   void setPace(double bytes_per_s);  // 0: no limit
+  std::size_t segmentBytes() const;  // of TCP: what leaves in one piece, however slow the pace
   // How much longer the latest round trips took than the shortest one: what waits in the network.
   double queueingS() const;
   void setTrafficClass(std::uint8_t traffic_class);  // DSCP, see RFC 8325 for Wi-Fi

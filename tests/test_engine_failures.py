@@ -131,7 +131,6 @@ def test_stopped_peer_is_lost_after_dead_s_and_not_before():
         resume(child)
 
 
-@pytest.mark.slow  # now and then the pace stays low afterwards: see Limits in README
 def test_peer_that_is_stopped_for_a_while_continues():
     with with_child(dead_s=8, heartbeat_s=0.3) as (a, c, child):
         room = np.zeros(256 * MIB, np.uint8)
