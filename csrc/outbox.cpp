@@ -266,7 +266,8 @@ void Outbox::adapt(double now_s) {
   if (limit != applied_limit_) connection->socket().setUnsentLimit(applied_limit_ = limit);
   // Loopback has segments of 64 KiB and no queue to keep short; paced, it moves in jerks.
   if (segment_bytes_ == 0) segment_bytes_ = connection->socket().segmentBytes();
-  if (!options_.has_pacing || segment_bytes_ > kMinChunkBytes) return;
+  bool is_loopback = segment_bytes_ > kMinChunkBytes;
+  if (!options_.has_pacing || (is_loopback && known_rate_ <= 0)) return;
   if (applied_pace_ > 0) estimator_.onQueueing(connection->socket().queueingS(), now_s);
   double pace = known_rate_ > 0 ? 0.99 * known_rate_ : estimator_.paceBytesPerS(now_s);
   if (std::abs(pace - applied_pace_) > 0.002 * applied_pace_) {
