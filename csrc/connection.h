@@ -15,7 +15,7 @@ namespace dora {
 
 class Connection;
 
-// What a connection tells its owner. Calls come from the I/O thread, from inside `onReady`.
+// What a connection tells its owner. Calls come from inside `onReady` and `flush`.
 class ConnectionOwner {
  public:
   virtual ~ConnectionOwner() = default;
@@ -36,7 +36,7 @@ class ConnectionOwner {
 //
 // Writing: control frames are queued by `sendControl`; between them the owner is asked for one
 // data frame at a time, so that what is most urgent is decided as late as possible.
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Connection {
  public:
   Connection(Socket socket, Handshake handshake, double dead_s);

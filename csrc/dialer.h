@@ -33,7 +33,7 @@ class DialerOwner {
 // Connections until they are authenticated.
 //
 // Strangers get little: at most kMaxStrangers at a time, a few seconds each, fixed-size messages.
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Dialer {
  public:
   // Tokens of the reactor from here on are the dialer's.

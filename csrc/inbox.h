@@ -17,7 +17,7 @@ namespace dora {
 // in any order. Data of a posted receive goes straight into its memory; other data is stored, never
 // more than the eager credit. Every large receive is granted once, when it is posted; a small one
 // only if the peer asks.
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Inbox {
  public:
   Inbox(const EngineOptions& options, Lanes& lanes);

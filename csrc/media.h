@@ -22,7 +22,7 @@ struct MediaOptions {
 // order, so that ranks which need several can not block each other. A medium whose arbiter is lost
 // is used freely: then only the local order counts.
 //
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Media {
  public:
   using Send = std::function<void(std::uint32_t rank, const FrameHeader&)>;

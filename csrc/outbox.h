@@ -15,7 +15,7 @@ namespace dora {
 // A message leaves when the peer has granted it, or, before any grant, while it fits the eager
 // credit; otherwise it asks and waits. A large eager message gets its credit back with the grant
 // that the peer sends for every large receive, a small one through kCredit frames.
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Outbox {
  public:
   Outbox(const EngineOptions& options, Lanes& lanes);

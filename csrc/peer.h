@@ -33,7 +33,7 @@ class PeerHost {
   virtual void onUnexpected(Peer& peer, const MessageKey& key) = 0;
 };
 
-// Thread safety: none; the I/O thread only.
+// Thread safety: none; whoever holds the engine's state.
 class Peer : public ConnectionOwner {
  public:
   enum class State { kConnecting, kOpen, kLost };

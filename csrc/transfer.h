@@ -15,7 +15,8 @@
 
 namespace dora {
 
-// A posted send or receive. Fields beside those of Operation belong to the I/O thread.
+// A posted send or receive. Fields beside those of Operation belong to whoever holds the engine's
+// state.
 struct Transfer : Operation {
   using Operation::Operation;
 
