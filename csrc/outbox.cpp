@@ -259,7 +259,9 @@ void Outbox::adapt(double now_s) {
   double rate = rateBytesPerS().value_or(0);
   double rtt_s = estimator_.minRttS().value_or(1e-3);
   auto in_flight = static_cast<std::uint64_t>(rate * (rtt_s + 4e-3));
-  bulk().setCredit(std::max({kFirstCredit, 4 * chunkBytes(), in_flight}));
+  // What has left since the last request for an acknowledgement stays unacknowledged until the next
+  // chunk asks for one, so that chunk must fit even when the credit has shrunk meanwhile.
+  bulk().setCredit(std::max({kFirstCredit, 4 * chunkBytes(), in_flight, unacked_mark_ + 1}));
   std::size_t limit = rate <= 0                ? kFirstUnsentLimit
                       : rate < kFastBytesPerS ? std::max<std::size_t>(kMinChunkBytes, chunkBytes() / 2)
                                               : kFastUnsentLimit;
