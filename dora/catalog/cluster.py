@@ -38,7 +38,7 @@ from pydantic import Field
 from dora import files
 from dora.catalog import tables
 from dora.catalog.devices import device, device_names
-from dora.catalog.networks import Network, network, network_names
+from dora.catalog.networks import Network, as_medium, network, network_names
 from dora.errors import SpecError
 from dora.spec import Cluster, Device, Link, Medium, Spec
 from dora.spec.base import Fraction, Name, NonNegative, Positive
@@ -211,11 +211,11 @@ def _uplinks(given: Sequence[UplinkEntry], networks: Mapping[str, Network]) -> d
 
 def _shared_media(networks: Mapping[str, Network], uplinks: Sequence[UplinkEntry]) -> list[Medium]:
     """Returns the channels, and both directions of the uplinks."""
-    shared = [_medium(net.name, net) for net in networks.values() if net.is_shared]
+    shared = [as_medium(net.name, net) for net in networks.values() if net.is_shared]
     for uplink in uplinks:
         access = _network(uplink)
-        shared += [_medium(f"{uplink.name}.up", access, up=True)]
-        shared += [_medium(f"{uplink.name}.down", access)]
+        shared += [as_medium(f"{uplink.name}.up", access, up=True)]
+        shared += [as_medium(f"{uplink.name}.down", access)]
     return shared
 
 
@@ -225,17 +225,8 @@ def _port_media(attached: _Attached, networks: Mapping[str, Network]) -> list[Me
     return [
         medium
         for net, (up, down) in ports
-        for medium in (_medium(up, net, up=True), _medium(down, net))
+        for medium in (as_medium(up, net, up=True), as_medium(down, net))
     ]
-
-
-def _medium(name: str, net: Network, *, up: bool = False) -> Medium:
-    return Medium(
-        name=name,
-        rate_bytes_per_s=net.up_rate_bytes_per_s if up else net.rate_bytes_per_s,
-        latency_s=net.latency_s,
-        contention=net.contention,
-    )
 
 
 def _links(

@@ -11,6 +11,7 @@ The measured round trip is of a whole path, a `Medium` has the delay of one cros
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Network(NamedTuple):
         latency_s: One-way delay of one crossing.
         contention: Total efficiency with 1, 2, ... concurrent flows.
         is_shared: All devices share one channel; otherwise each has a full-duplex port.
+        spread: The rates that a tenth of the time are fallen below and exceeded, over the median.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Network(NamedTuple):
     is_shared: bool
     tx_j_per_byte: float
     rx_j_per_byte: float
+    spread: tuple[float, float] = (1.0, 1.0)
 
 
 def network_names() -> tuple[str, ...]:
@@ -62,7 +65,14 @@ def network(name: str) -> Network:
         is_shared=row["shared_medium"] == "1",
         tx_j_per_byte=float(row["tx_nj_per_bit"]) * 8e-9,
         rx_j_per_byte=float(row["rx_nj_per_bit"]) * 8e-9,
+        spread=_spread(row),
     )
+
+
+def _spread(row: Mapping[str, str]) -> tuple[float, float]:
+    median = float(row["goodput_mbps_p50"])
+    low = float(row["goodput_mbps_p10"] or median) / median
+    return min(low, 1.0), max(float(row["goodput_mbps_p90"] or median) / median, 1.0)
 
 
 def medium(name: str, network_name: str) -> Medium:
@@ -70,12 +80,20 @@ def medium(name: str, network_name: str) -> Medium:
 
     Of a wired network it is one direction of one port; of an asymmetric one, the direction down.
     """
-    known = network(network_name)
+    return as_medium(name, network(network_name))
+
+
+def as_medium(name: str, known: Network, *, up: bool = False) -> Medium:
+    """Returns one direction of a network as a medium called `name`."""
+    rate = known.up_rate_bytes_per_s if up else known.rate_bytes_per_s
+    low, high = known.spread
     return Medium(
         name=name,
-        rate_bytes_per_s=known.rate_bytes_per_s,
+        rate_bytes_per_s=rate,
         latency_s=known.latency_s,
         contention=known.contention,
+        rate_p10_bytes_per_s=rate * low if low < 1 else None,
+        rate_p90_bytes_per_s=rate * high if high > 1 else None,
     )
 
 

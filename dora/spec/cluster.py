@@ -72,12 +72,26 @@ class Medium(Spec):
         rate_bytes_per_s: Goodput of one flow alone.
         latency_s: One-way delay that crossing it once adds.
         contention: Total efficiency with 1, 2, ... concurrent flows; the last value extends.
+        rate_p10_bytes_per_s, rate_p90_bytes_per_s: Where the rate varies over time: it is below
+            the one, and above the other, a tenth of the time; `rate_bytes_per_s` is the median.
     """
 
     name: Name
     rate_bytes_per_s: Positive
     latency_s: NonNegative = 0.0
     contention: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (1.0,)
+    rate_p10_bytes_per_s: Positive | None = None
+    rate_p90_bytes_per_s: Positive | None = None
+
+    @model_validator(mode="after")
+    def _quantiles_ascend(self) -> Medium:
+        low = self.rate_p10_bytes_per_s or self.rate_bytes_per_s
+        high = self.rate_p90_bytes_per_s or self.rate_bytes_per_s
+        check(
+            low <= self.rate_bytes_per_s <= high,
+            f"medium {self.name}: rates must ascend from p10 to the median to p90",
+        )
+        return self
 
 
 class Link(Spec):

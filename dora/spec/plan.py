@@ -21,6 +21,7 @@ from dora.spec.base import (
     check_unique,
 )
 from dora.spec.cluster import Link
+from dora.spec.schedule import Transfer
 
 
 class Replica(Spec):
@@ -65,10 +66,18 @@ class DeviceMemory(Spec):
 
 
 class Cost(Spec):
-    """What a plan is predicted to take: per training step or per inference request."""
+    """What a plan is predicted to take: per training step or per inference request.
+
+    Attributes:
+        interval_s: Least time between two requests that every device and medium can sustain.
+        ttft_s, tpot_s: Time to the first token and per further token, for 'generate'.
+    """
 
     makespan_s: NonNegative
     energy_j: NonNegative = 0.0
+    interval_s: NonNegative | None = None
+    ttft_s: NonNegative | None = None
+    tpot_s: NonNegative | None = None
     memory: tuple[DeviceMemory, ...] = ()
 
 
@@ -127,6 +136,8 @@ class Plan(Spec):
         cost: The planner's prediction, if it made this plan.
         links: The media that flows between devices cross; transfers on a medium that several
             devices send on take turns by priority. () takes every link for private.
+        transfers: How the network scheduler wants messages sent; those it does not name, and all
+            of (), go in the order in which their consumers start.
     """
 
     devices: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -138,6 +149,7 @@ class Plan(Spec):
     warmup: tuple[Count, ...] = ()
     cost: Cost | None = None
     links: tuple[Link, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     @model_validator(mode="before")
     @classmethod

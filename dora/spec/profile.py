@@ -94,6 +94,11 @@ class Workload(Spec):
         batch_size: Samples in one step or one request.
         num_microbatches: Pieces a batch is cut into; None lets the planner choose.
         optimizer_bytes_per_param: Optimizer state per parameter, 8 for Adam in fp32.
+        prompt_tokens, new_tokens: Of one request, for 'generate'. There a sample of the profile
+            is one token: a row at size n is a pass over n tokens, `activation_bytes` what they
+            keep in the cache.
+        source: Device where the inputs are, such as a camera; a first stage elsewhere has to
+            receive them. None: they are wherever the first stage is.
     """
 
     kind: Literal["train", "infer", "generate"] = "train"
@@ -102,6 +107,7 @@ class Workload(Spec):
     optimizer_bytes_per_param: NonNegative = 8.0
     prompt_tokens: Index = 0
     new_tokens: Index = 0
+    source: Name | None = None
 
     @model_validator(mode="after")
     def _microbatches_fit(self) -> Workload:

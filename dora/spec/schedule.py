@@ -48,7 +48,7 @@ class Transfer(Spec):
     """One message between two ranks and how the network should treat it.
 
     Attributes:
-        tag: Tells messages of one pair apart.
+        action: The SEND, or REDUCE_GRAD, that it belongs to.
         priority: Larger goes first; the length in seconds of the path that waits for it.
         chunk_bytes: Piece after which a more urgent transfer may go first; None: unchunked.
         pace_bytes_per_s: Upper limit of its rate.   not_before_s: Earliest start in the step.
@@ -57,7 +57,7 @@ class Transfer(Spec):
     src: Index
     dst: Index
     num_bytes: Bytes
-    tag: Index
+    action: ActionField
     priority: float = 0.0
     chunk_bytes: Count | None = None
     pace_bytes_per_s: Positive | None = None

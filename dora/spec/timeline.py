@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from dora.spec.base import Count, Fraction, Index, Name, NonNegative, Provenance, Spec
-from dora.spec.plan import Plan
+from dora.spec.plan import DeviceMemory, Plan
 
 
 class Span(Spec):
@@ -47,6 +47,7 @@ class Timeline(Spec):
     num_ranks: Count
     spans: tuple[Span, ...] = ()
     energy: tuple[Energy, ...] = ()
+    memory: tuple[DeviceMemory, ...] = ()
 
     def busy_s(self, rank: int, *lanes: str) -> float:
         """Returns the seconds in which any of those lanes of a rank is occupied."""
