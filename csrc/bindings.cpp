@@ -345,8 +345,10 @@ void bindEngine(py::module_& m) {
 }  // namespace dora
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Dora's communication engine";
+  m.doc() = "Dora's communication engine and simulation";
   dora::bindOperations(m);
   dora::bindEngine(m);
   dora::bindParts(m);
+  dora::bindSimulation(m);
+  dora::bindChains(m);
 }

@@ -12,8 +12,7 @@ constexpr std::uint64_t kNoLimit = std::uint64_t{1} << 62;
 // Messages of the urgent classes up to this size leave on the lane of their own.
 constexpr std::uint64_t kUrgentBytes = 64 * 1024;
 
-// Before the rate is known: enough to measure it, little enough for a slow link.
-constexpr std::uint64_t kFirstCredit = 512 * 1024;
+// Before the rate is known: little enough for a slow link.
 constexpr std::size_t kFirstUnsentLimit = 64 * 1024;
 
 // Above this rate a full socket costs less time than waking up often to refill it.
@@ -25,7 +24,8 @@ constexpr std::size_t kFastUnsentLimit = 2 * 1024 * 1024;
 Outbox::Outbox(const EngineOptions& options, Lanes& lanes)
     : options_(options),
       lanes_(lanes),
-      queues_{SendQueue(options.aging_s, kNoLimit), SendQueue(options.aging_s, kFirstCredit)} {}
+      queues_{SendQueue(options.aging_s, kNoLimit),
+              SendQueue(options.aging_s, AckWindow::kMinCreditBytes)} {}
 
 void Outbox::post(const TransferPtr& transfer, double now_s) {
   counter_.count(transfer->key);
@@ -91,10 +91,7 @@ void Outbox::fill(Connection& connection, int lane, double now_s) {
   last_chunk_of_[static_cast<std::size_t>(lane)] = chunk->is_last ? chunk->id : 0;
   if (lane == Lanes::kBulkLane) {
     bytes_sent_ += chunk->num_bytes;
-    unacked_mark_ += chunk->num_bytes;
-    std::uint64_t credit = std::max<std::uint64_t>(kFirstCredit, 4 * chunkBytes());
-    if (unacked_mark_ >= std::min(credit / 4, 2 * chunkBytes()) || queue.size() == 0) {
-      unacked_mark_ = 0;
+    if (window_.onChunk(chunk->num_bytes, chunkBytes(), queue.size() == 0)) {
       header.flags |= kFlagAckMe;
       estimator_.onSent(bytes_sent_, now_s);
     }
@@ -259,9 +256,7 @@ void Outbox::adapt(double now_s) {
   double rate = rateBytesPerS().value_or(0);
   double rtt_s = estimator_.minRttS().value_or(1e-3);
   auto in_flight = static_cast<std::uint64_t>(rate * (rtt_s + 4e-3));
-  // What has left since the last request for an acknowledgement stays unacknowledged until the next
-  // chunk asks for one, so that chunk must fit even when the credit has shrunk meanwhile.
-  bulk().setCredit(std::max({kFirstCredit, 4 * chunkBytes(), in_flight, unacked_mark_ + 1}));
+  bulk().setCredit(window_.fit(chunkBytes(), in_flight));
   std::size_t limit = rate <= 0                ? kFirstUnsentLimit
                       : rate < kFastBytesPerS ? std::max<std::size_t>(kMinChunkBytes, chunkBytes() / 2)
                                               : kFastUnsentLimit;

@@ -5,6 +5,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "ack_window.h"
 #include "rate.h"
 #include "transfer.h"
 
@@ -80,8 +81,8 @@ class Outbox {
   std::uint64_t charged_bytes_ = 0;
   std::array<std::uint64_t, 2> last_chunk_of_{};   // operation whose last chunk is being sent
   std::uint64_t bytes_sent_ = 0;                   // on the bulk lane
-  std::uint64_t unacked_mark_ = 0;
   std::uint64_t acked_bytes_ = 0;
+  AckWindow window_;                               // of the bulk lane
   RateEstimator estimator_;
   double known_rate_ = 0;
   double applied_pace_ = 0;

@@ -5,6 +5,7 @@ send, unchanged until the operation is done. Every blocking call releases the GI
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 class Operation:
     """A send, receive or collective under way."""
@@ -326,3 +327,155 @@ def decode_fields(data: bytes) -> dict[str, int]:
 
 def reduce_into(into: int, other: int, count: int, dtype: str, op: str) -> None:
     """Element-wise reduction of raw memory at two addresses; for tests."""
+
+def share_media(
+    media: Sequence[tuple[float, Sequence[float]]],
+    paths: Sequence[Sequence[int]],
+    order: Sequence[float],
+    discipline: str,
+) -> list[float]:
+    """Returns the rate of each flow.
+
+    Args:
+        media: (bytes/s, total efficiency with 1, 2, ... flows).
+        paths: Media that each flow crosses, with multiplicity.
+        order: Weights of the flows for 'fair', their priorities for 'priority'.
+        discipline: 'fair' is max-min fair; 'priority' serves larger priorities first.
+    """
+
+class Network:
+    """Devices and the media between them, by index."""
+
+    def __init__(self, num_devices: int) -> None: ...
+    def add_medium(self, rate_bytes_per_s: float, efficiency: Sequence[float]) -> int: ...
+    def connect(self, src: int, dst: int, media: Sequence[int], latency_s: float) -> None: ...
+
+class Program:
+    """What every rank does in order, and the transfers between them.
+
+    A rank walks its list; only `compute` takes time, or waits for the transfer `after`. A transfer
+    moves once it is sent and received; an input, from `not_before_s` on.
+    """
+
+    def __init__(
+        self, network: Network, discipline: str = "priority", start_s: float = 0.0
+    ) -> None: ...
+    def transfer(
+        self,
+        src: int,
+        dst: int,
+        num_bytes: float,
+        priority: float = 0.0,
+        pace_bytes_per_s: float = 0.0,
+        not_before_s: float = 0.0,
+        is_input: bool = False,
+    ) -> int:
+        """Adds a transfer; ValueError if no link joins the two; a pace of 0 is no limit."""
+    def compute(
+        self, rank: int, duration_s: float, after: int = -1, not_before_s: float = 0.0
+    ) -> int:
+        """Appends a compute and returns its position in the list of the rank."""
+    def send(self, rank: int, transfer: int) -> None: ...
+    def receive(self, rank: int, transfer: int) -> None: ...
+    def all_reduce(self, ranks: Sequence[int], num_bytes: float) -> None:
+        """Appends a ring all-reduce to the lists of those ranks."""
+    def change_rate(self, at_s: float, medium: int, factor: float) -> None:
+        """From then on a medium has `factor` times its rate; call in ascending order of time."""
+    def change_speed(self, at_s: float, rank: int, factor: float) -> None: ...
+    @property
+    def num_transfers(self) -> int: ...
+    def num_ops(self, rank: int) -> int: ...
+    def tails(self) -> list[float]:
+        """Per transfer, the longest path from its arrival to the end, without contention."""
+    def prioritise(self, priorities: Sequence[float]) -> None: ...
+    def play(self) -> Played: ...
+
+class Played:
+    """What happened: seconds on the program's clock, lists by rank, transfer or medium."""
+
+    @property
+    def end_s(self) -> float:
+        """Of the last compute or arrival; infinite if a rank never ends."""
+    @property
+    def stuck(self) -> int:
+        """The first rank that never ends, -1 if all do."""
+    @property
+    def busy_s(self) -> list[float]: ...
+    @property
+    def sent_bytes(self) -> list[float]: ...
+    @property
+    def received_bytes(self) -> list[float]: ...
+    @property
+    def medium_busy_s(self) -> list[float]: ...
+    def ops(self, rank: int) -> list[tuple[float, float]]:
+        """(start, end) of each entry of a rank's list; zeros for sends and receives."""
+    def transfers(self) -> list[tuple[float, float]]:
+        """(start, arrival) of each transfer."""
+
+class Step:
+    """One step of a plan as numbers, to be priced.
+
+    `devices`, `forward_s` and `backward_s` are [stage][replica], bytes are [boundary], `routes` is
+    [micro-batch][stage], `reductions` are (devices, bytes) of ring all-reduces.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[Sequence[int]],
+        forward_s: Sequence[Sequence[float]],
+        backward_s: Sequence[Sequence[float]],
+        down_bytes: Sequence[float],
+        up_bytes: Sequence[float],
+        routes: Sequence[Sequence[int]],
+        warmup: Sequence[int],
+        kind: str,
+        reductions: Sequence[tuple[Sequence[int], float]],
+        source: int,
+        input_bytes: float,
+        prefetch: int,
+    ) -> None: ...
+    def in_flight(self) -> list[list[int]]:
+        """Most micro-batches that each replica holds between forward and backward."""
+    def price(self, network: Network, discipline: str = "priority") -> Price:
+        """Plays the step with each transfer as urgent as its tail is long."""
+
+class Price:
+    """What a step takes; lists by device."""
+
+    @property
+    def makespan_s(self) -> float: ...
+    @property
+    def interval_s(self) -> float:
+        """Between steps, if only the busiest device or medium limited them."""
+    @property
+    def busy_s(self) -> list[float]: ...
+    @property
+    def sent_bytes(self) -> list[float]: ...
+    @property
+    def received_bytes(self) -> list[float]: ...
+
+def share_microbatches(times_s: Sequence[float], num_microbatches: int) -> list[int]:
+    """Returns how many micro-batches each replica gets so that the last ends earliest."""
+
+def enumerate_chains(
+    problem: Mapping[str, Any],
+    by_energy: bool,
+    cutoff_s: float,
+    cutoff_j: float,
+    width: int,
+    per_state: int,
+) -> tuple[list[tuple[float, float, list[int], list[int]]], bool]:
+    """Returns pipelines over groups of devices, best lower bound first; see csrc/chains.h.
+
+    Args:
+        problem: The fields of ChainProblem, arrays as numpy arrays.
+        by_energy: Ranks by the bound of the energy, else of the time.
+        cutoff_s: Bounds have to be below this.
+        cutoff_j: The same for energy.
+        width: Pipelines kept per block.
+        per_state: Of those, at most so many with the same devices and first group.
+
+    Returns:
+        (seconds, joules, groups, ends of their blocks) of each, and whether only bounds have cut
+        anything off.
+    """

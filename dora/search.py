@@ -117,7 +117,7 @@ def explore(
     workload: Workload,
     qoe: QoE | None = None,
     *,
-    max_evaluations: int = 2000,
+    effort_s: float | None = None,
 ) -> SearchResult:
     """Searches after filling in modelled times for the devices that were not measured.
 
@@ -134,7 +134,7 @@ def explore(
                 "profile measured for training, or a plan for inference"
             )
     complete = scale_to_cluster(profile, cluster, training=training)
-    result = search(complete, cluster, workload, qoe, max_evaluations=max_evaluations)
+    result = search(complete, cluster, workload, qoe, effort_s=effort_s)
     with_links = [plan.model_copy(update={"links": cluster.links}) for plan in result.plans]
     return result._replace(plans=with_links)
 

@@ -44,16 +44,16 @@ class Turn:
         self.engine = engine
         self.rank = rank
         self.rng = random.Random(f"{turn} {rank}")
-        self.steps = []
+        self.steps = []  # no bound methods: such a cycle keeps gigabytes until it is collected
         for other in range(WORLD):
             if other == rank:
                 continue
             for i, message in enumerate(program(turn, rank, other)):
-                self.steps.append((i, self.send, other, message))
+                self.steps.append((i, Turn.send, other, message))
             for i, message in enumerate(program(turn, other, rank)):
-                self.steps.append((i, self.receive, other, message))
+                self.steps.append((i, Turn.receive, other, message))
         # Out of order between peers and directions, in order on each channel.
-        self.steps.sort(key=lambda step: step[0] + 8 * self.rng.random() * (step[1] == self.send))
+        self.steps.sort(key=lambda step: step[0] + 8 * self.rng.random() * (step[1] is Turn.send))
         order = {}
         for i, action, other, message in sorted(self.steps, key=lambda step: step[0]):
             order.setdefault((action, other), []).append((i, message))
@@ -80,7 +80,7 @@ class Turn:
 
     def run(self):
         for action, other, i, message in self.steps:
-            action(other, i, message)
+            action(self, other, i, message)
             if self.rng.random() < 0.02:
                 time.sleep(self.rng.random() * 0.01)
         for operation, memory, seed, may_fail in self.open:

@@ -91,7 +91,7 @@ def over_devices(folder: Path, settings: Settings, report: Report) -> None:
         if rank == 0:
             for name, spec in (("plan", chosen), ("profile", profile), ("cluster", cluster)):
                 save(spec, folder / f"{name}.json")
-            found = explore(profile, cluster, workload, max_evaluations=200)
+            found = explore(profile, cluster, workload, effort_s=0.2)
             single = found.best_single
             report(
                 "planned",

@@ -3,17 +3,19 @@
 Start with `plan(profile, cluster, workload, qoe) -> list[Plan]`; `search` also says what was
 rejected and why.
 
-search.py    plan, search: branch and bound over splits, subsets, orders and replicas
-splits.py    the splits of one order of groups, best bound first
-bounds.py    what no split of an order of device groups can beat, by dynamic programming
-predict.py   predict: exact time, energy and memory of one placement
-makespan.py  walks the forwards and backwards of a pipeline in their order
+search.py    plan, search: chains by their bounds, then played, then improved
+chains.py    phase one: chains of device groups, best bound first (csrc/chains)
+improve.py   phase two: small changes of a layout, and descent along those that help
+predict.py   evaluate: time, energy and memory of one layout on the contended network
+layouts.py   from placements to layouts, plans and step costs; predict: a plan with its cost
 cost.py      seconds, bytes and shares of stages and links from the profile
-limits.py    the bounds of a QoE and what a prediction reaches
+codecs.py    what a codec saves on the wire, costs in time, and loses
+limits.py    the bounds of a QoE, percentiles, and what a prediction reaches
 select.py    the plans that none beats, and why the others were rejected
+baselines/   what other planners would choose, written from their papers
 """
 
-from dora.planner.predict import predict
+from dora.planner.layouts import predict, step_costs
 from dora.planner.search import SearchResult, plan, search
 
-__all__ = ["SearchResult", "plan", "predict", "search"]
+__all__ = ["SearchResult", "plan", "predict", "search", "step_costs"]

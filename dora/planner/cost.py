@@ -1,9 +1,7 @@
 """What a placement costs: seconds per block and transfer, bytes per device, joules.
 
-Pure functions of the profile, the cluster and the workload. The network is taken as private: each
-ordered pair of devices has the rate that `Cluster.path` gives it alone, whatever else is sent. On
-a shared channel the result is therefore too fast; contention is priced where transfers are
-scheduled.
+Pure functions of the profile, the cluster and the workload. `links` gives what each ordered pair
+of devices has alone, whatever else is sent; contention is priced where a step is played.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dora import _C
 from dora.spec import BlockCost, BlockProfile, Cluster, Device, ModelProfile, Workload
 
 Array = NDArray[np.float64]
@@ -62,8 +61,11 @@ class Links(NamedTuple):
 
 
 def microbatch_size(workload: Workload, num_microbatches: int) -> int:
-    """Returns the samples of the largest micro-batch."""
-    return -(-workload.batch_size // num_microbatches)
+    """Returns the samples of the largest micro-batch; of 'generate', the tokens of the prompt."""
+    samples = workload.batch_size
+    if workload.kind == "generate":
+        samples *= max(workload.prompt_tokens, 1)
+    return -(-samples // num_microbatches)
 
 
 def interpolate(sizes: Sequence[int], values: Sequence[float], size: int) -> float:
@@ -114,6 +116,13 @@ def stage_costs(
         ValueError: A block has no timing for one of the devices.
     """
     size = microbatch_size(workload, num_microbatches)
+    return costs_at_size(profile, devices, workload, size)
+
+
+def costs_at_size(
+    profile: ModelProfile, devices: Sequence[Device], workload: Workload, size: int
+) -> StageCosts:
+    """Returns the same for micro-batches of `size` samples."""
     training = workload.kind == "train"
     times = np.array([[block_time_s(b, d.name, size) for b in profile.blocks] for d in devices])
     gradients = [b.trainable_bytes if training else 0 for b in profile.blocks]
@@ -128,10 +137,17 @@ def stage_costs(
         state_bytes=_spans(states) - _duplicates(_tied(profile, states), len(states)),
         gradient_bytes=_spans(gradients) - _duplicates(tied_gradients, len(states)),
         activation_bytes=_spans(activations) * training,
-        buffer_bytes=_buffers(boundaries, np.maximum(activations, outputs), training),
+        buffer_bytes=_buffers(boundaries, _working(activations, outputs, workload), training),
         boundary_bytes=boundaries,
         tied_bytes=tied_gradients,
     )
+
+
+def _working(activations: Sequence[float], outputs: Sequence[float], workload: Workload) -> Array:
+    """Returns what a block without backward needs while it works; a cache is kept, not working."""
+    if workload.kind == "generate":
+        return np.array(outputs)
+    return np.maximum(activations, outputs)
 
 
 def _at_size(costs: Sequence[BlockCost], field: str, size: int) -> float:
@@ -140,7 +156,10 @@ def _at_size(costs: Sequence[BlockCost], field: str, size: int) -> float:
 
 
 def _state_bytes(block: BlockProfile, workload: Workload) -> float:
-    """Returns bytes of parameters and, for training, of their gradients and optimizer state."""
+    """Returns bytes of what is kept: parameters, gradients and optimizer state, or the cache."""
+    if workload.kind == "generate":
+        tokens = workload.batch_size * (workload.prompt_tokens + workload.new_tokens)
+        return block.param_bytes + _at_size(block.costs, "activation_bytes", max(tokens, 1))
     if workload.kind != "train":
         return block.param_bytes
     trained = block.trainable_bytes / block.param_bytes if block.param_bytes else 0.0
@@ -225,7 +244,7 @@ def ring_bytes(num_devices: int, num_bytes: float) -> float:
 
 
 def share_microbatches(
-    times_s: Sequence[Array] | Array, num_microbatches: int
+    times_s: Sequence[float] | Array, num_microbatches: int
 ) -> NDArray[np.int64]:
     """Returns how many micro-batches each replica gets so that the last ends earliest.
 
@@ -233,15 +252,8 @@ def share_microbatches(
     latest finish; ties go to the lower index.
 
     Args:
-        times_s: Per replica, seconds of one micro-batch; arrays of one shape.
+        times_s: Per replica, seconds of one micro-batch.
         num_microbatches: To be spread.
-
-    Returns:
-        Counts with a leading axis of replicas.
     """
-    times = np.asarray(times_s, dtype=float)
-    counts = np.zeros(times.shape, dtype=np.int64)
-    for _ in range(num_microbatches):
-        first = np.argmin((counts + 1) * times, axis=0)
-        counts += first == np.arange(len(times)).reshape(-1, *[1] * (times.ndim - 1))
-    return counts
+    times = [float(time) for time in times_s]
+    return np.array(_C.share_microbatches(times, num_microbatches), dtype=np.int64)

@@ -1,46 +1,41 @@
-"""Predicts time, energy and peak memory of one placement by walking its schedule.
+"""Predicts time, energy and peak memory of one placement by playing its schedule.
 
-Assumptions: the input is where the first stage is and the labels where the last one is; gradients
-are reduced after the last backward; an optimizer step, which runs on every device by itself, is
-not part of the step; a device in no stage costs nothing.
+Assumptions: the input is where the first stage is, unless the workload names its source, and the
+labels are where the last one is; gradients are reduced after the last backward; an optimizer step,
+which runs on every device by itself, is not part of the step; a device in no stage costs nothing.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from dora import _C
+from dora.planner.codecs import codec_s, wire_ratio
 from dora.planner.cost import (
     Array,
     Links,
     StageCosts,
+    costs_at_size,
     links,
-    ring_bytes,
-    ring_s,
     stage_costs,
 )
-from dora.planner.makespan import PipelineTimes, Wire, finish_times_s
+from dora.scheduler import DEFAULT_PREFETCH
+from dora.simulator import device_j, network_of
 from dora.spec import (
+    BoundaryCodec,
     Cluster,
-    Cost,
     Device,
-    DeviceMemory,
     ModelProfile,
-    Plan,
-    Replica,
-    Stage,
     Workload,
     routes_from_shares,
-    warmup_for,
 )
 
-# Micro-batches in flight per boundary beyond what hides no latency; the last choice is all of them.
-EXTRA_WARMUP = (0, 1, 3)
+NO_CODEC = BoundaryCodec()
 
 
 class Group(NamedTuple):
@@ -52,49 +47,88 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A plan reduced to the numbers that its cost depends on."""
+    """A plan reduced to what its cost depends on.
+
+    Attributes:
+        counts: Per stage, the micro-batches of each replica.
+        modes: (device, name of its power mode) where that is not the default.
+        codecs: Per boundary; () sends all of them as they are.
+    """
 
     groups: tuple[Group, ...]
-    routes: tuple[tuple[int, ...], ...]
+    counts: tuple[tuple[int, ...], ...]
     warmup: tuple[int, ...]
     kind: str
+    modes: tuple[tuple[int, str], ...] = ()
+    codecs: tuple[BoundaryCodec, ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
         """All devices used, in stage order."""
         return tuple(d for group in self.groups for d in group.devices)
 
-    def microbatches(self, stage: int, replica: int) -> list[int]:
-        """Returns the micro-batches routed to that replica, ascending."""
-        return [m for m, route in enumerate(self.routes) if route[stage] == replica]
+    @property
+    def num_microbatches(self) -> int:
+        """Of one step or request."""
+        return sum(self.counts[0])
+
+    @property
+    def routes(self) -> tuple[tuple[int, ...], ...]:
+        """Per micro-batch, the replica of each stage."""
+        return tuple(zip(*(_column(counts) for counts in self.counts), strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _column(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the replica of each micro-batch at one stage."""
+    m = sum(counts)
+    return tuple(r for (r,) in routes_from_shares([[count / m for count in counts]], m))
 
 
 class Prediction(NamedTuple):
     """What a layout costs; the tuples follow `Layout.devices`.
 
     Attributes:
-        interval_s: Shortest time between requests that every device and link can sustain.
+        interval_s: Shortest time between requests that every device and medium can sustain.
+        source_j: Of the radio of a source that is in no stage.
+        ttft_s, tpot_s: For 'generate', otherwise 0.
     """
 
     makespan_s: float
     interval_s: float
     energy_j: tuple[float, ...]
     peak_bytes: tuple[float, ...]
+    source_j: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
 
     @property
     def total_j(self) -> float:
         """Joules of all devices."""
-        return sum(self.energy_j)
+        return sum(self.energy_j) + self.source_j
 
 
 class Setting(NamedTuple):
-    """Everything that the layouts of one number of micro-batches share."""
+    """Everything that the layouts of one number of micro-batches share.
+
+    Attributes:
+        network: Of the devices, to play on.
+        dtype: Of what is sent.
+        source: Device that has the inputs, None for wherever the first stage is.
+        decode: For 'generate', what one pass over one token per sequence costs.
+        new_tokens: For 'generate'.
+    """
 
     devices: tuple[Device, ...]
     costs: StageCosts
     links: Links
     training: bool
     num_microbatches: int
+    network: _C.Network
+    dtype: str = "float32"
+    source: int | None = None
+    decode: StageCosts | None = None
+    new_tokens: int = 0
 
 
 def setting(
@@ -107,224 +141,193 @@ def setting(
     """Collects the costs of a search; `devices` restricts it to some of the cluster.
 
     Raises:
-        ValueError: A block has no timing for one of the devices.
+        ValueError: A block has no timing for one of the devices, or the source is not a device.
     """
     chosen = tuple(cluster.devices if devices is None else devices)
+    names = [device.name for device in chosen]
+    if workload.source is not None and workload.source not in names:
+        raise ValueError(f"workload.source: given {workload.source!r}, allowed: {names}")
+    is_generating = workload.kind == "generate"
     return Setting(
         devices=chosen,
         costs=stage_costs(profile, chosen, workload, num_microbatches),
         links=links(cluster, chosen),
         training=workload.kind == "train",
         num_microbatches=num_microbatches,
+        network=network_of(cluster, names),
+        dtype=profile.dtype,
+        source=None if workload.source is None else names.index(workload.source),
+        decode=costs_at_size(profile, chosen, workload, workload.batch_size)
+        if is_generating
+        else None,
+        new_tokens=workload.new_tokens if is_generating else 0,
     )
 
 
-def predict(profile: ModelProfile, cluster: Cluster, workload: Workload, plan: Plan) -> Plan:
-    """Returns `plan` with its predicted cost, for example after it was edited by hand.
+def evaluate(layout: Layout, known: Setting, step: _C.Step | None = None) -> Prediction:
+    """Returns the cost of a layout: its schedule played on the contended network.
+
+    Args:
+        layout: What to price.
+        known: Its setting.
+        step: The layout in numbers, if they are known already.
 
     Raises:
-        ValueError: A block has no timing for a device of the plan, the plan is for another
-            number of blocks, a link is missing, or the plan has a codec, which this version
-            does not price.
+        ValueError: No link joins two devices that exchange messages.
     """
-    if plan.num_blocks != len(profile.blocks):
-        raise ValueError(f"plan: given {plan.num_blocks} blocks, allowed {len(profile.blocks)}")
-    if any(codec.forward != "none" or codec.backward != "none" for codec in plan.codecs):
-        raise ValueError("plan.codecs: given a codec, allowed: 'none' in this version")
-    used = [cluster.device(r.device) for stage in plan.stages for r in stage.replicas]
-    known = setting(profile, cluster, workload, plan.num_microbatches, used)
-    index = iter(range(len(used)))
-    groups = tuple(
-        Group(stage.first_block, stage.last_block + 1, tuple(next(index) for _ in stage.replicas))
-        for stage in plan.stages
+    step = step or as_step(layout, known, known.costs)
+    price = step.price(known.network)
+    peaks = peak_bytes(layout, known, step)
+    prediction = _prediction(layout, known, price, peaks)
+    if known.decode is None:
+        return prediction
+    return _with_tokens(prediction, layout, known, known.decode)
+
+
+def _prediction(
+    layout: Layout, known: Setting, price: _C.Price, peaks: tuple[float, ...]
+) -> Prediction:
+    factors = {d: known.devices[d].power_mode(name).power_factor for d, name in layout.modes}
+    energy = tuple(
+        device_j(
+            known.devices[d],
+            busy_s=busy_s,
+            total_s=price.makespan_s,
+            sent_bytes=sent,
+            received_bytes=received,
+            power_factor=factors.get(d, 1.0),
+        )
+        for d, busy_s, sent, received in _rows(layout, price)
     )
-    _check_links(groups, known)
-    layout = Layout(groups, plan.routes, plan.warmup, plan.schedule_kind)
-    prediction = evaluate(layout, known)
-    if not np.isfinite(prediction.makespan_s):
-        raise ValueError("cluster has no link between devices that share gradients")
-    return plan.model_copy(update={"cost": cost(layout, prediction, known)})
+    source_j = 0.0
+    if known.source is not None and known.source not in layout.devices:
+        source_j = price.sent_bytes[known.source] * known.devices[known.source].tx_j_per_byte
+    return Prediction(price.makespan_s, price.interval_s, energy, peaks, source_j)
 
 
-def _check_links(groups: Sequence[Group], known: Setting) -> None:
-    """Raises ValueError for neighbours in the pipeline that no link connects."""
-    for a, b in pairwise(groups):
-        for src, dst in [(d, e) for d in a.devices for e in b.devices]:
-            for i, j in ((src, dst), (dst, src)) if known.training else ((src, dst),):
-                if not np.isfinite(known.links.latency_s[i, j]):
-                    names = known.devices[i].name, known.devices[j].name
-                    raise ValueError(f"cluster has no link {names[0]} -> {names[1]}")
+def _rows(layout: Layout, price: _C.Price) -> list[tuple[int, float, float, float]]:
+    busy, sent, received = price.busy_s, price.sent_bytes, price.received_bytes
+    return [(d, busy[d], sent[d], received[d]) for d in layout.devices]
 
 
-def evaluate(layout: Layout, known: Setting) -> Prediction:
-    """Returns the exact cost of a layout on private links."""
-    times = _pipeline_times(layout, known)
-    ends = finish_times_s(times, layout.routes, layout.warmup, layout.kind)
-    makespan_s = max(max(stage) for stage in ends)
-    reduced_s, reduced_bytes = _reductions(layout, known, ends)
-    makespan_s = max(makespan_s, reduced_s)
-    busy, sent, received, link_s = _loads(layout, known, times)
-    energy = []
-    for d, device in enumerate(known.devices[d] for d in layout.devices):
-        radio = (sent[d] + reduced_bytes[d]) * device.tx_j_per_byte
-        radio += (received[d] + reduced_bytes[d]) * device.rx_j_per_byte
-        idle_s = makespan_s - busy[d]
-        energy.append(busy[d] * device.busy_w + idle_s * device.idle_w + radio)
-    return Prediction(
-        makespan_s=float(makespan_s),
-        interval_s=float(max([*busy, *link_s])),
-        energy_j=tuple(float(e) for e in energy),
-        peak_bytes=peak_bytes(layout, known),
+def _with_tokens(
+    prefill: Prediction, layout: Layout, known: Setting, decode: StageCosts
+) -> Prediction:
+    """Adds the tokens after the first, each one pass of one token per sequence.
+
+    The id of a token returns from the last stage to the first before the next one can start.
+    """
+    single = layout._replace(counts=tuple((1, *[0] * (len(c) - 1)) for c in layout.counts))
+    price = as_step(single, known, decode).price(known.network)
+    step = _prediction(layout, known, price, prefill.peak_bytes)
+    first, last = layout.groups[0].devices[0], layout.groups[-1].devices[0]
+    back_s = float(known.links.latency_s[last, first]) if first != last else 0.0
+    tpot_s, after = price.makespan_s + back_s, max(known.new_tokens - 1, 0)
+    energy = zip(prefill.energy_j, step.energy_j, strict=True)
+    return prefill._replace(
+        makespan_s=prefill.makespan_s + after * tpot_s,
+        interval_s=prefill.interval_s + after * price.interval_s,
+        energy_j=tuple(a + after * b for a, b in energy),
+        ttft_s=prefill.makespan_s,
+        tpot_s=tpot_s,
     )
 
 
-def peak_bytes(layout: Layout, known: Setting) -> tuple[float, ...]:
+def as_step(layout: Layout, known: Setting, costs: StageCosts) -> _C.Step:
+    """Returns the layout in numbers, to be priced."""
+    speeds = {d: known.devices[d].power_mode(name).speed_factor for d, name in layout.modes}
+    forward = [_stage_s(costs.forward_s, g, speeds) for g in layout.groups]
+    backward = [_stage_s(costs.backward_s, g, speeds) for g in layout.groups]
+    down = [float(costs.boundary_bytes[group.first]) for group in layout.groups[1:]]
+    up = list(down)
+    for s, codec in enumerate(layout.codecs):
+        if codec != NO_CODEC:
+            _encode(layout, known, s, down[s], forward, codec.forward)
+            _encode(layout, known, s, down[s], backward, codec.backward)
+            up[s] *= wire_ratio(codec.backward, known.dtype)
+            down[s] *= wire_ratio(codec.forward, known.dtype)
+    return _C.Step(
+        devices=[group.devices for group in layout.groups],
+        forward_s=forward,
+        backward_s=backward,
+        down_bytes=down,
+        up_bytes=up,
+        routes=layout.routes,
+        warmup=layout.warmup,
+        kind=layout.kind,
+        reductions=reductions(layout, costs) if known.training else (),
+        source=-1 if known.source is None else known.source,
+        input_bytes=float(costs.boundary_bytes[0]),
+        prefetch=DEFAULT_PREFETCH,
+    )
+
+
+def _stage_s(times: Array, group: Group, speeds: dict[int, float]) -> list[float]:
+    return [float(times[d, group.first, group.end]) / speeds.get(d, 1.0) for d in group.devices]
+
+
+def _encode(
+    layout: Layout,
+    known: Setting,
+    boundary: int,
+    num_bytes: float,
+    times: list[list[float]],
+    name: str,
+) -> None:
+    """Adds encoding before, and decoding behind a boundary, to the stages on both sides of it."""
+    for s in (boundary, boundary + 1):
+        for r, d in enumerate(layout.groups[s].devices):
+            times[s][r] += codec_s(known.devices[d], name, num_bytes, known.dtype)
+
+
+def reductions(layout: Layout, costs: StageCosts) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Returns (devices, bytes) of each gradient all-reduce, in order.
+
+    Copies of a tied parameter on several stages are summed once the stages have reduced their own.
+    """
+    found = [
+        (group.devices, float(costs.gradient_bytes[group.first, group.end]))
+        for group in layout.groups
+        if len(group.devices) > 1
+    ]
+    for blocks, gradient in costs.tied_bytes:
+        holders = [g for g in layout.groups if any(g.first <= b < g.end for b in blocks)]
+        if len(holders) > 1:
+            found.append((tuple(d for group in holders for d in group.devices), gradient))
+    return tuple((devices, num_bytes) for devices, num_bytes in found if num_bytes)
+
+
+def peak_bytes(layout: Layout, known: Setting, step: _C.Step) -> tuple[float, ...]:
     """Returns the peak memory of each device, in the order of `layout.devices`."""
     peaks = []
-    for s, group in enumerate(layout.groups):
+    for group, held in zip(layout.groups, step.in_flight(), strict=True):
         span = group.first, group.end
         fixed = known.costs.state_bytes[span] + known.costs.buffer_bytes[span]
         kept = known.costs.activation_bytes[span]
-        for r in range(len(group.devices)):
-            peaks.append(float(fixed + kept * in_flight(layout, s, r)))
+        peaks += [float(fixed + kept * count) for count in held]
     return tuple(peaks)
 
 
-def in_flight(layout: Layout, stage: int, replica: int) -> int:
-    """Returns how many micro-batches that replica holds at most between forward and backward."""
-    own = layout.microbatches(stage, replica)
-    if layout.kind == "wavefront":
-        return 0
-    if layout.kind == "gpipe":
-        return len(own)
-    window = layout.warmup[stage]
-    return max((bisect_left(own, j + window) - i for i, j in enumerate(own)), default=0)
-
-
-def cost(layout: Layout, prediction: Prediction, known: Setting) -> Cost:
-    """Returns the prediction as part of a `Plan`."""
-    memory = tuple(
-        DeviceMemory(device=known.devices[d].name, peak_bytes=int(peak))
-        for d, peak in zip(layout.devices, prediction.peak_bytes, strict=True)
-    )
-    return Cost(makespan_s=prediction.makespan_s, energy_j=prediction.total_j, memory=memory)
-
-
-def to_plan(layout: Layout, prediction: Prediction, known: Setting, names: Sequence[str]) -> Plan:
-    """Returns the layout as a plan of the devices `names`, with its cost filled."""
-    stages = []
-    for s, group in enumerate(layout.groups):
-        replicas = tuple(
-            Replica(
-                device=known.devices[d].name,
-                share=len(layout.microbatches(s, r)) / len(layout.routes),
-            )
-            for r, d in enumerate(group.devices)
-        )
-        stages.append(
-            Stage(index=s, first_block=group.first, last_block=group.end - 1, replicas=replicas)
-        )
-    return Plan(
-        devices=tuple(names),
-        stages=tuple(stages),
-        num_microbatches=len(layout.routes),
-        routes=layout.routes,
-        warmup=layout.warmup,
-        schedule_kind=layout.kind,
-        cost=cost(layout, prediction, known),
-    )
-
-
-def layouts(
-    groups: Sequence[Group], counts: Sequence[Sequence[int]], known: Setting
-) -> list[Layout]:
-    """Returns the layouts of one placement that differ in how many micro-batches are in flight.
-
-    Deeper windows hide slow links and cost memory; they come in ascending order.
-
-    Args:
-        groups: The stages.
-        counts: Micro-batches per stage and replica.
-        known: With the number of micro-batches, which each stage's counts sum to.
-    """
-    m = known.num_microbatches
-    shares = [[count / m for count in stage] for stage in counts]
-    routes = routes_from_shares(shares, m)
-    # The least that avoids idle replicas if all are equally fast, and the least memory.
-    least = tuple(accumulate(len(stage) for stage in reversed(shares)))[::-1]
-    if not known.training:
-        return [Layout(tuple(groups), routes, least, "wavefront")]
-    deeper = [warmup_for(shares, extra=extra) for extra in (*EXTRA_WARMUP, m)]
-    # A window beyond the step runs all forwards first.
-    capped = {tuple(min(window, m) for window in warmup) for warmup in [least, *deeper]}
-    return [Layout(tuple(groups), routes, warmup, "1f1b") for warmup in sorted(capped)]
-
-
-def _pipeline_times(layout: Layout, known: Setting) -> PipelineTimes:
-    forward = [_stage_s(known.costs.forward_s, g) for g in layout.groups]
-    backward = [_stage_s(known.costs.backward_s, g) for g in layout.groups]
-    boundaries = list(pairwise(layout.groups))
-    sizes = [known.costs.boundary_bytes[b.first] for _, b in boundaries]
-    down = [
-        [[_wire(known.links, d, e, size) for e in b.devices] for d in a.devices]
-        for (a, b), size in zip(boundaries, sizes, strict=True)
+def memory_share(layout: Layout, known: Setting, step: _C.Step) -> tuple[float, str]:
+    """Returns the largest share of any device's memory that is needed, and which device's."""
+    peaks = peak_bytes(layout, known, step)
+    needs = [
+        (peak / known.devices[d].memory_bytes, peak, known.devices[d])
+        for d, peak in zip(layout.devices, peaks, strict=True)
     ]
-    up = [
-        [[_wire(known.links, e, d, size) for d in a.devices] for e in b.devices]
-        for (a, b), size in zip(boundaries, sizes, strict=True)
-    ]
-    return PipelineTimes(forward, backward, down, up)
+    share, peak, device = max(needs, key=lambda need: need[0])
+    has = device.memory_bytes
+    return share, f"memory: {device.name} needs {peak / 1e9:.3g} GB, has {has / 1e9:.3g} GB"
 
 
-def _stage_s(times: Array, group: Group) -> list[float]:
-    return [float(times[d, group.first, group.end]) for d in group.devices]
-
-
-def _wire(links: Links, src: int, dst: int, num_bytes: float) -> Wire:
-    return Wire(float(num_bytes * links.s_per_byte[src, dst]), float(links.latency_s[src, dst]))
-
-
-def _reductions(
-    layout: Layout, known: Setting, ends: Sequence[Sequence[float]]
-) -> tuple[float, list[float]]:
-    """Returns when the last gradient is reduced, and the bytes that each device sends for it."""
-    position = {d: i for i, d in enumerate(layout.devices)}
-    num_bytes = [0.0] * len(position)
-    end_s = 0.0
-    for group, stage_ends in zip(layout.groups, ends, strict=True):
-        gradient = float(known.costs.gradient_bytes[group.first, group.end])
-        end_s = max(end_s, max(stage_ends) + float(ring_s(group.devices, gradient, known.links)))
-        for d in group.devices:
-            num_bytes[position[d]] += ring_bytes(len(group.devices), gradient)
-    for blocks, gradient in known.costs.tied_bytes:
-        holders = [g for g in layout.groups if any(g.first <= b < g.end for b in blocks)]
-        if len(holders) > 1 and gradient:
-            # Copies on several stages are summed once the stages have reduced their own.
-            ring = tuple(d for group in holders for d in group.devices)
-            end_s += float(ring_s(ring, gradient, known.links))
-            for d in ring:
-                num_bytes[position[d]] += ring_bytes(len(ring), gradient)
-    return end_s, num_bytes
-
-
-def _loads(
-    layout: Layout, known: Setting, times: PipelineTimes
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Returns busy seconds, bytes sent and received per device, and busy seconds per link."""
-    position = {d: i for i, d in enumerate(layout.devices)}
-    busy, sent, received = ([0.0] * len(position) for _ in range(3))
-    link_s: dict[tuple[int, int], float] = {}
-    for s, group in enumerate(layout.groups):
-        for r, count in Counter(route[s] for route in layout.routes).items():
-            own_s = times.forward_s[s][r] + times.backward_s[s][r]
-            busy[position[group.devices[r]]] += count * own_s
-    for s, (a, b) in enumerate(pairwise(layout.groups)):
-        size = float(known.costs.boundary_bytes[b.first])
-        for (r, q), count in Counter(route[s : s + 2] for route in layout.routes).items():
-            ends = a.devices[r], b.devices[q]
-            for src, dst in (ends, ends[::-1]) if known.training else (ends,):
-                sent[position[src]] += count * size
-                received[position[dst]] += count * size
-                message_s = size * float(known.links.s_per_byte[src, dst])
-                link_s[src, dst] = count * message_s
-    return busy, sent, received, list(link_s.values())
+def is_linked(groups: Sequence[Group], known: Setting) -> bool:
+    """Returns whether links join all devices that would exchange messages."""
+    latency = known.links.latency_s
+    pairs = [(d, e) for a, b in pairwise(groups) for d in a.devices for e in b.devices]
+    if known.training:
+        pairs += [(e, d) for d, e in pairs]
+        for devices, _ in reductions(Layout(tuple(groups), (), (), ""), known.costs):
+            pairs += [(d, devices[(i + 1) % len(devices)]) for i, d in enumerate(devices)]
+    if known.source is not None:
+        pairs += [(known.source, d) for d in groups[0].devices if d != known.source]
+    return bool(np.isfinite([latency[pair] for pair in pairs]).all())

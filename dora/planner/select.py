@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dora.planner.layouts import to_plan
 from dora.planner.limits import Limit, broken
-from dora.planner.predict import Group, Layout, Prediction, Setting, to_plan
+from dora.planner.predict import Group, Layout, Prediction, Setting
 from dora.spec import Device, Plan
 
 # A preview has to fit a screen.
@@ -50,7 +51,7 @@ class Candidate(NamedTuple):
         """
         other = "energy" if objective == "time" else "time"
         criteria = (self.value(objective), self.value(other), self.memory_share)
-        return (*(float(f"{value:.9g}") for value in criteria), *self.layout)
+        return (*(float(f"{value:.9g}") for value in criteria), repr(self.layout))
 
 
 def best_single(found: Sequence[Candidate], objective: str) -> Candidate | None:
@@ -126,7 +127,9 @@ def rejections(
     for candidate in sorted(found, key=lambda c: (bool(c.failed), c.order("time"))):
         if candidate.placement not in done:
             done.add(candidate.placement)
-            text = describe(candidate.layout.groups, known.devices, len(candidate.layout.routes))
+            text = describe(
+                candidate.layout.groups, known.devices, candidate.layout.num_microbatches
+            )
             entries.append((candidate.value("time"), text, _why(candidate, chosen)))
     for placement, (bound_s, bound_j) in unwalked.items():
         if placement not in done:
@@ -159,7 +162,7 @@ def _why(candidate: Candidate, chosen: Sequence[Candidate]) -> str:
     )
     if better is None:
         return f"{figures}: no better than the plans kept around it"
-    text = describe(better.layout.groups, better.known.devices, len(better.layout.routes))
+    text = describe(better.layout.groups, better.known.devices, better.layout.num_microbatches)
     return f"{figures}: worse than {text}"
 
 
@@ -187,7 +190,7 @@ def nearest_text(
         c._replace(failed=broken(tuple(wanted), c.layout, c.prediction, c.known)) for c in found
     ]
     nearest = min(judged, key=lambda c: (_excess(c), c.order("time")))
-    text = describe(nearest.layout.groups, nearest.known.devices, len(nearest.layout.routes))
+    text = describe(nearest.layout.groups, nearest.known.devices, nearest.layout.num_microbatches)
     names = ", ".join(f"{limit} (it reaches {value:.4g})" for limit, value in nearest.failed)
     return (
         f"no plan keeps {names}; nearest: {text} takes "

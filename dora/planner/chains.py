@@ -1,0 +1,217 @@
+"""Prepares the search over chains of device groups (`csrc/chains`): phase one, on bounds.
+
+Every group of devices may become a stage. Of a handful of devices all subsets are groups; of many,
+single devices, runs of equal ones and pairs of the fast ones, since a replica helps most where
+devices are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dora import _C
+from dora.planner.codecs import CODECS, wire_ratio
+from dora.planner.cost import Array, Links, StageCosts
+from dora.planner.predict import Group, Setting
+from dora.spec import Cluster, Device
+
+# 2^7 groups of at most 7 devices; of more, subsets would outnumber what can be bounded in time.
+MAX_SUBSETS = 7
+MAX_GROUPS = 400
+# Media whose load is bounded; a cluster has few that several devices send on.
+MAX_MEDIA = 8
+
+
+class Chain(NamedTuple):
+    """Stages that no schedule runs in less than the bounds, with the micro-batches of replicas."""
+
+    bound_s: float
+    bound_j: float
+    groups: tuple[Group, ...]
+    counts: tuple[tuple[int, ...], ...]
+    known: Setting
+
+    def bound(self, objective: str) -> float:
+        """Returns seconds or joules."""
+        return self.bound_s if objective == "time" else self.bound_j
+
+
+class Chains:
+    """The search space of one `Setting`."""
+
+    def __init__(self, known: Setting, cluster: Cluster, max_loss: float) -> None:
+        """Collects costs, groups and shared media; codecs of up to that error may be used."""
+        self.known = known
+        self.ratio = min(
+            wire_ratio(n, known.dtype) for n, c in CODECS.items() if c.error <= max_loss
+        )
+        # The tokens of a sequence come one by one: the whole request is one pass for the bounds.
+        self.num_microbatches = 1 if known.decode else known.num_microbatches
+        self.costs = _whole_request(known, known.decode) if known.decode else known.costs
+        self.twins = twins(known)
+        self.groups = list(_groups(known, self.twins))
+        self.problem = self._problem(cluster)
+
+    def enumerate(
+        self, objective: str, *, cutoff_s: float, cutoff_j: float, width: int, per_state: int
+    ) -> tuple[list[Chain], bool]:
+        """Returns chains in the order of their bounds, and whether all below the cutoffs are there.
+
+        Args:
+            objective: 'time' or 'energy'.
+            cutoff_s: Chains whose bound is not below it are left out.
+            cutoff_j: The same for energy.
+            width: Chains kept per block.
+            per_state: Of those, with the same devices and first group.
+        """
+        found, is_complete = _C.enumerate_chains(
+            self.problem, objective == "energy", cutoff_s, cutoff_j, width, per_state
+        )
+        return [self._chain(*one) for one in found], is_complete
+
+    def _chain(
+        self, bound_s: float, bound_j: float, groups: Sequence[int], ends: Sequence[int]
+    ) -> Chain:
+        firsts = [0, *ends[:-1]]
+        stages = tuple(
+            Group(first, end, self.groups[g])
+            for first, end, g in zip(firsts, ends, groups, strict=True)
+        )
+        return Chain(bound_s, bound_j, stages, shares(stages, self.known), self.known)
+
+    def _problem(self, cluster: Cluster) -> dict[str, Any]:
+        known, costs = self.known, self.costs
+        devices = known.devices
+        fastest = np.array([max([1.0, *(m.speed_factor for m in d.power_modes)]) for d in devices])
+        fastest = fastest[:, None]
+        return {
+            "num_microbatches": self.num_microbatches,
+            "is_training": known.training,
+            "forward_s": costs.forward_s[:, 0, :] / fastest,
+            "backward_s": costs.backward_s[:, 0, :] / fastest,
+            "state_bytes": known.costs.state_bytes,
+            "gradient_bytes": costs.gradient_bytes,
+            "activation_bytes": known.costs.activation_bytes,
+            "buffer_bytes": known.costs.buffer_bytes,
+            "boundary_bytes": np.append(
+                costs.boundary_bytes[:1], costs.boundary_bytes[1:] * self.ratio
+            ),
+            "memory_bytes": np.array([d.memory_bytes for d in devices], dtype=float),
+            "idle_w": np.array([d.idle_w for d in devices]),
+            "extra_w": np.array([max(d.busy_w - d.idle_w, 0.0) * _thrift(d) for d in devices])
+            * fastest[:, 0],
+            "tx_j_per_byte": np.array([d.tx_j_per_byte for d in devices]),
+            "rx_j_per_byte": np.array([d.rx_j_per_byte for d in devices]),
+            "s_per_byte": np.where(np.isfinite(known.links.s_per_byte), known.links.s_per_byte, 0),
+            "latency_s": known.links.latency_s,
+            "medium_s_per_byte": shared_media(cluster, devices),
+            "hops": float(1 + known.new_tokens),
+            "source": -1 if known.source is None else known.source,
+            "groups": self.groups,
+            "twins": [self.twins[d] for d in range(len(devices))],
+        }
+
+
+def _thrift(device: Device) -> float:
+    """Returns the least energy that a power mode needs for the same work, over the default's."""
+    return min([1.0, *(m.power_factor / m.speed_factor for m in device.power_modes)])
+
+
+def shares(groups: Sequence[Group], known: Setting) -> tuple[tuple[int, ...], ...]:
+    """Returns the micro-batches of each replica of each stage, by their speed."""
+    total_s = [known.costs.forward_s, known.costs.backward_s]
+    return tuple(
+        tuple(
+            _C.share_microbatches(
+                [float(sum(t[d, g.first, g.end] for t in total_s)) for d in g.devices],
+                known.num_microbatches,
+            )
+        )
+        for g in groups
+    )
+
+
+def _whole_request(known: Setting, decode: StageCosts) -> StageCosts:
+    """Returns the costs of prompt and all further tokens as those of one pass."""
+    m, n = known.num_microbatches, known.new_tokens
+    return known.costs._replace(
+        forward_s=known.costs.forward_s * m + decode.forward_s * n,
+        boundary_bytes=known.costs.boundary_bytes * m + decode.boundary_bytes * n,
+    )
+
+
+def shared_media(cluster: Cluster, devices: Sequence[Device]) -> list[Array]:
+    """Returns, per medium that joins several senders and receivers, seconds per byte of each pair.
+
+    Media that most pairs cross come first; what only one device uses is its own link.
+    """
+    index = {device.name: d for d, device in enumerate(devices)}
+    found = []
+    for medium in cluster.media:
+        table = np.zeros((len(devices), len(devices)))
+        for link in cluster.links:
+            if medium.name in link.media and link.src in index and link.dst in index:
+                crossed = link.media.count(medium.name) / medium.rate_bytes_per_s
+                table[index[link.src], index[link.dst]] = crossed
+        if (table > 0).any(axis=1).sum() > 1 and (table > 0).any(axis=0).sum() > 1:
+            found.append(table)
+    return sorted(found, key=lambda table: -float(table.sum()))[:MAX_MEDIA]
+
+
+def _groups(known: Setting, twin_of: dict[int, int]) -> Iterator[tuple[int, ...]]:
+    """Yields the groups that may become a stage, each once."""
+    n = len(known.devices)
+    # One sequence can not be spread over replicas.
+    most = 1 if known.decode else min(n, known.num_microbatches)
+    if n <= MAX_SUBSETS:
+        yield from (s for k in range(1, most + 1) for s in combinations(range(n), k))
+        return
+    yield from ((d,) for d in range(n))
+    seen: set[tuple[int, ...]] = set()
+    total_s = known.costs.forward_s[:, 0, -1] + known.costs.backward_s[:, 0, -1]
+    fast = [int(d) for d in np.argsort(total_s, kind="stable")]
+    classes = [[d for d in range(n) if twin_of[d] == c] for c in sorted(set(twin_of.values()))]
+    runs = [
+        tuple(twin[i : i + k])
+        for k in range(2, most + 1)
+        for twin in classes
+        for i in range(0, len(twin) - k + 1)
+    ]
+    pairs = list(combinations(fast[:12], 2)) if most > 1 else []
+    neighbours = [tuple(fast[i : i + k]) for k in range(2, most + 1) for i in range(n - k + 1)]
+    for group in [*pairs, *runs, *neighbours]:
+        ordered = tuple(sorted(group))
+        if ordered not in seen and len(seen) < MAX_GROUPS:
+            seen.add(ordered)
+            yield ordered
+
+
+def twins(known: Setting) -> dict[int, int]:
+    """Maps each device to the first one that it can not be told from by any cost."""
+    first: dict[int, int] = {}
+    for d in range(len(known.devices)):
+        first[d] = next((e for e in range(d) if first[e] == e and _are_twins(known, d, e)), d)
+    return first
+
+
+def _are_twins(known: Setting, d: int, e: int) -> bool:
+    a, b = known.devices[d], known.devices[e]
+    costs = known.costs
+    return (
+        known.source not in (d, e)
+        and np.array_equal(costs.forward_s[d], costs.forward_s[e])
+        and np.array_equal(costs.backward_s[d], costs.backward_s[e])
+        and a.model_copy(update={"name": ""}) == b.model_copy(update={"name": ""})
+        and _are_linked_alike(known.links, d, e)
+    )
+
+
+def _are_linked_alike(links: Links, d: int, e: int) -> bool:
+    swap = np.arange(len(links.latency_s))
+    swap[[d, e]] = e, d
+    tables = (links.latency_s, links.s_per_byte)
+    return all(np.array_equal(t, t[np.ix_(swap, swap)]) for t in tables)
