@@ -78,7 +78,7 @@ void bindChains(py::module_& m) {
         for (sim::Chain& chain : chains.found)
           found.emplace_back(chain.bound_s, chain.bound_j, std::move(chain.groups),
                              std::move(chain.ends));
-        return std::pair(found, chains.is_complete);
+        return std::pair(found, chains.dropped_bound);
       },
       py::arg("problem"), py::arg("by_energy"), py::arg("cutoff_s"), py::arg("cutoff_j"),
       py::arg("width"), py::arg("per_state"));

@@ -51,6 +51,10 @@ class Search {
       for (int d : group) members.set(d);
       members_.push_back(members);
     }
+    lower_twins_.resize(p.num_devices);
+    for (int d = 0; d < p.num_devices; d++)
+      for (int other = 0; other < d; other++)
+        if (p.twins[other] == p.twins[d]) lower_twins_[d].push_back(other);
     prepareRemainders();
   }
 
@@ -132,10 +136,8 @@ class Search {
   // Of equal devices the one with the lower index is used first, so that none is tried twice.
   bool isCanonical(const std::vector<int>& group, const Used& used) const {
     for (int d : group)
-      for (int other = 0; other < d; other++)
-        if (p_.twins[other] == p_.twins[d] && !used[other] &&
-            std::find(group.begin(), group.end(), other) == group.end())
-          return false;
+      for (int other : lower_twins_[d])
+        if (!used[other] && std::find(group.begin(), group.end(), other) == group.end()) return false;
     return true;
   }
 
@@ -220,12 +222,17 @@ class Search {
 
   void extend(std::size_t g, int first, int end, const Stage& stage, std::size_t l, const Hop& hop) {
     const Label& rest = pool_[l];
+    double after_s = hop.round_s + rest.pass_s;
+    double behind_s = rest.group < 0 ? 0 : hop.round_s + std::max(rest.v_s, rest.pass_s + hop.occupied_s);
+    double v_s = std::max({stage.all_s, stage.waiting_s + after_s, stage.one_s + behind_s});
+    // Most end here: the rest of the bound would only raise it.
+    Bucket& bucket = buckets_[first];
+    if (!p_.by_energy && v_s + before_s_[first] >= bucket.limit)
+      return drop(v_s + before_s_[first]);
     Label label;
     label.window = rest.window + static_cast<std::int32_t>(p_.groups[g].size());
     if (!fits(g, first, end, stage, label.window)) return;
-    double after_s = hop.round_s + rest.pass_s;
-    double behind_s = rest.group < 0 ? 0 : hop.round_s + std::max(rest.v_s, rest.pass_s + hop.occupied_s);
-    label.v_s = std::max({stage.all_s, stage.waiting_s + after_s, stage.one_s + behind_s});
+    label.v_s = v_s;
     label.reduced_s = std::max(stage.reduced_s, stage.one_forward_s + hop.down_s + rest.reduced_s);
     label.pass_s = stage.one_s + after_s;
     label.work_j = stage.work_j + hop.radio_j + rest.work_j;
@@ -239,12 +246,14 @@ class Search {
       label.load_s[m] = rest.load_s[m] + stage.load_s[m] + hop.load_s[m];
     bound(label, first, stage);
     if (label.bound_s >= p_.cutoff_s || label.bound_j >= p_.cutoff_j) return;
-    Bucket& bucket = buckets_[first];
     if (score(label) >= bucket.limit)
-      is_complete_ = false;
+      drop(score(label));
     else
       bucket.labels.push_back(label);
   }
+
+  // Remembers the least bound of what the width has cut off.
+  void drop(double bound) { dropped_ = std::min(dropped_, bound); }
 
   // Among M in a row, some `window` in a row hold at least counts / (M / window) of a replica's.
   bool fits(std::size_t g, int first, int end, const Stage& stage, int window) const {
@@ -310,16 +319,17 @@ class Search {
     std::size_t kept = 0;
     for (std::size_t l = 0; l < labels.size() && kept < p_.width; l++) {
       std::size_t state = std::hash<Used>()(labels[l].used) * 31 + static_cast<std::size_t>(labels[l].group + 1);
-      if (num_kept[state]++ < p_.per_state) labels[kept++] = labels[l];
+      if (num_kept[state]++ < p_.per_state)
+        std::swap(labels[kept++], labels[l]);
     }
-    if (kept < labels.size()) is_complete_ = false;
+    for (std::size_t l = kept; l < labels.size(); l++) drop(score(labels[l]));
     labels.resize(kept);
     if (kept == p_.width) bucket.limit = score(labels.back());
   }
 
   Chains collect() const {
     Chains chains;
-    chains.is_complete = is_complete_;
+    chains.dropped_bound = dropped_;
     for (std::size_t l = first_kept_; l < pool_.size(); l++) {
       Chain chain;
       chain.bound_s = pool_[l].bound_s;
@@ -336,11 +346,12 @@ class Search {
   const ChainProblem& p_;
   std::size_t blocks_;
   std::vector<Used> members_;
+  std::vector<std::vector<int>> lower_twins_;
   std::vector<double> before_s_, before_j_, ratio_;
   std::vector<Label> pool_;
   std::size_t first_kept_ = 0;   // in the pool, of the block that is being expanded
   std::vector<Bucket> buckets_;  // per first block
-  bool is_complete_ = true;
+  double dropped_ = kNever;
 };
 
 }  // namespace

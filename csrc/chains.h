@@ -50,7 +50,7 @@ struct Chain {
 
 struct Chains {
   std::vector<Chain> found;  // best bound first
-  bool is_complete = true;   // only bounds, not the width, have cut anything off
+  double dropped_bound;      // least one that the width has cut off; infinite if none
 };
 
 Chains enumerateChains(const ChainProblem& problem);

@@ -464,7 +464,7 @@ def enumerate_chains(
     cutoff_j: float,
     width: int,
     per_state: int,
-) -> tuple[list[tuple[float, float, list[int], list[int]]], bool]:
+) -> tuple[list[tuple[float, float, list[int], list[int]]], float]:
     """Returns pipelines over groups of devices, best lower bound first; see csrc/chains.h.
 
     Args:
@@ -476,6 +476,6 @@ def enumerate_chains(
         per_state: Of those, at most so many with the same devices and first group.
 
     Returns:
-        (seconds, joules, groups, ends of their blocks) of each, and whether only bounds have cut
-        anything off.
+        (seconds, joules, groups, ends of their blocks) of each, and the least bound of what was cut
+        off for the width, infinite if nothing was.
     """

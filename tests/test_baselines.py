@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dora.errors import InfeasiblePlanError
 from dora.planner.baselines import BASELINES
+from dora.planner.baselines.asteroid import Steps, round_latency_s
 from dora.planner.baselines.parallax import nearest_chain, water_fill
 from dora.planner.baselines.problem import microbatches, proportional
 from dora.spec import (
@@ -169,6 +170,7 @@ def cases(draw, most=4, types=False, training=None):
         room=room,
         kinds=kinds,
         training=draw(st.booleans()) if training is None else training,
+        batch=draw(st.sampled_from([1, 2, 4])),
     )
 
 
@@ -263,9 +265,9 @@ def test_proportional_counts(weights, more):
 
 
 def test_many_devices_are_within_reach():
-    case = simple_case(True, n=14, num_blocks=8, batch=32)
+    case = simple_case(True, n=13, num_blocks=6, batch=16)
     for name in BASELINES:
-        assert case.run(name, num_microbatches=None).num_blocks == 8
+        assert case.run(name, num_microbatches=None).num_blocks == 6
 
 
 # ---------------------------------------------------------------- rules
@@ -396,7 +398,7 @@ def test_alpa_like_has_the_least_sum_and_largest(case):
     candidates = [
         bounds
         for count in range(1, case.n + 1)
-        if case.n % count == 0
+        if case.n % count == 0 and case.n // count <= case.batch
         for bounds in splits(case.num_blocks, count)
     ]
     least = best_of(case, "alpa-like", objective, candidates)
@@ -437,7 +439,7 @@ def test_metis_like_has_the_least_cost_of_balanced_candidates(case):
         devices = [d for kind in order for d in range(case.n) if case.kinds[d] == kind]
         for count in range(1, min(case.n, case.num_blocks) + 1):
             for sizes in product([1, 2, 4], repeat=count):
-                if sum(sizes) != case.n:
+                if sum(sizes) != case.n or max(sizes) > case.batch:
                     continue
                 cuts = np.cumsum([0, *sizes])
                 groups = [tuple(devices[i:j]) for i, j in pairwise(cuts)]
@@ -464,7 +466,7 @@ def test_metis_like_has_the_least_cost_of_balanced_candidates(case):
 
 
 def round_latency(case, spans):
-    """Asteroid's latency of a round, written as the sums of its definition."""
+    """The steps of an Asteroid pipeline, and their latency."""
     steps = []
     for i, (a, b, devices) in enumerate(spans):
         if any(not case.fits(d, b - a) for d in devices):
@@ -484,8 +486,12 @@ def round_latency(case, spans):
             back = case.sizes[a - 1] / min(case.rates(y, x) for x, y in pairs)
             steps.append((there, back if case.training else 0.0, 0.0))
         steps.append((forward, backward, reduced))
+    return latency_of(steps, case.batch)
+
+
+def latency_of(steps, m):
+    """Asteroid's latency of a round, written as the sums of its definition."""
     both = [f + b for f, b, _ in steps]
-    m = case.batch
     dominant = max(range(len(steps)), key=lambda c: (m * both[c] + sum(both[:c]), -c))
     totals = []
     for s, (_, _, reduced) in enumerate(steps):
@@ -497,6 +503,12 @@ def round_latency(case, spans):
     return max(totals)
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=1, max_size=7), st.integers(1, 9))
+def test_round_latency_is_the_sum_of_its_definition(steps, m):
+    columns = Steps(*(np.array([column], dtype=float) for column in zip(*steps, strict=True)))
+    assert round_latency_s(columns, m).tolist() == [latency_of(steps, m)]
+
+
 @settings(deadline=None, max_examples=60)
 @given(cases(most=3))
 def test_asteroid_has_the_least_round_latency(case):
@@ -505,6 +517,8 @@ def test_asteroid_has_the_least_round_latency(case):
     def candidates(most):
         for count in range(1, most + 1):
             for groups in splits(case.n, count):
+                if max(j - i for i, j in groups) > case.batch:
+                    continue
                 for bounds in splits(case.num_blocks, count):
                     yield [
                         (a, b, tuple(order[i:j]))

@@ -21,7 +21,7 @@ from dora.spec import Cluster, Device
 
 # 2^7 groups of at most 7 devices; of more, subsets would outnumber what can be bounded in time.
 MAX_SUBSETS = 7
-MAX_GROUPS = 400
+MAX_GROUPS = 160
 # Media whose load is bounded; a cluster has few that several devices send on.
 MAX_MEDIA = 8
 
@@ -58,8 +58,8 @@ class Chains:
 
     def enumerate(
         self, objective: str, *, cutoff_s: float, cutoff_j: float, width: int, per_state: int
-    ) -> tuple[list[Chain], bool]:
-        """Returns chains in the order of their bounds, and whether all below the cutoffs are there.
+    ) -> tuple[list[Chain], float]:
+        """Returns chains in the order of their bounds, and the least bound of those left out.
 
         Args:
             objective: 'time' or 'energy'.
@@ -68,10 +68,10 @@ class Chains:
             width: Chains kept per block.
             per_state: Of those, with the same devices and first group.
         """
-        found, is_complete = _C.enumerate_chains(
+        found, dropped = _C.enumerate_chains(
             self.problem, objective == "energy", cutoff_s, cutoff_j, width, per_state
         )
-        return [self._chain(*one) for one in found], is_complete
+        return [self._chain(*one) for one in found], dropped
 
     def _chain(
         self, bound_s: float, bound_j: float, groups: Sequence[int], ends: Sequence[int]

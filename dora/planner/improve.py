@@ -51,6 +51,8 @@ def regrouped(layout: Layout, groups: Groups, known: Setting) -> list[Layout]:
     if any(0 in stage for stage in counts):
         return []
     modes = tuple((d, name) for d, name in layout.modes if any(d in g.devices for g in groups))
+    if counts == layout.counts:
+        return [layout._replace(groups=groups, modes=modes)]
     made = layouts(groups, counts, known)
     if len(groups) == len(layout.groups):
         depth = layout.warmup[0]

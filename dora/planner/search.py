@@ -137,16 +137,14 @@ def search(
     run = Search(settings, network, wanted, qoe.max_accuracy_loss, seed)
     run.walk_singles()
     other = "energy" if qoe.objective == "time" else "time"
-    is_optimal, least = run.walk_chains(qoe.objective, effort_s * EFFORT_SHARES[0])
+    floor = run.walk_chains(qoe.objective, effort_s * EFFORT_SHARES[0])
     run.improve(qoe.objective, effort_s * EFFORT_SHARES[1])
     run.walk_chains(other, effort_s * EFFORT_SHARES[2] / 2)
     run.improve(other, effort_s * EFFORT_SHARES[2] / 2)
-    return _result(run, cluster, qoe.objective, is_optimal, least)
+    return _result(run, cluster, qoe.objective, floor)
 
 
-def _result(
-    run: Search, cluster: Cluster, objective: str, is_optimal: bool, least: float
-) -> SearchResult:
+def _result(run: Search, cluster: Cluster, objective: str, floor: float) -> SearchResult:
     names = [device.name for device in cluster.devices]
     single = best_single(run.found, objective)
     chosen = kept(run.found, objective, single)
@@ -157,8 +155,8 @@ def _result(
         rejected=rejections(run.found, chosen, run.unfit, run.unwalked, run.settings),
         best_single=to_plans([single], names)[0] if single else None,
         problem=problem,
-        is_optimal=is_optimal and bool(chosen),
-        gap=max(0.0, 1 - least / best) if chosen and best else 0.0,
+        is_optimal=bool(chosen) and floor >= best * (1 - TOLERANCE),
+        gap=max(0.0, 1 - floor / best) if chosen and best else 0.0,
         num_placements=run.num_chains,
         num_evaluated=len(run.seen),
     )
@@ -241,50 +239,46 @@ class Search:
                 self.best[objective] = min(self.best[objective], candidate.value(objective))
         return candidate
 
-    def walk_chains(self, objective: str, effort_s: float) -> tuple[bool, float]:
-        """Plays chains in the order of their bounds.
+    def walk_chains(self, objective: str, effort_s: float) -> float:
+        """Plays chains in the order of their bounds, until none can be better or effort is spent.
 
         Returns:
-            Whether none was left whose bound is below the best, and the least bound of those that
-            were left, or the best.
+            What no chain can beat: the least bound of those that were not played, or the best.
         """
         stop_s = self.spent_s + effort_s
-        chains, is_complete, least = self._enumerate(objective, stop_s)
-        floor = inf
+        chains, floor = self._enumerate(objective, stop_s)
         for chain in chains:
             bound = chain.bound(objective)
             if bound >= self.best[objective] * (1 - TOLERANCE):
                 break
             if self.spent_s > stop_s:
-                is_complete, floor = False, bound
+                floor = min(floor, bound)
                 break
             self.walk(chain, objective)
-        best = self.best[objective]
-        return is_complete, min(best, floor) if is_complete or least == inf else min(best, least)
+        return min(floor, self.best[objective])
 
-    def _enumerate(self, objective: str, stop_s: float) -> tuple[list[Chain], bool, float]:
-        """Returns chains by their bounds, whether these are all of them, and the least bound."""
+    def _enumerate(self, objective: str, stop_s: float) -> tuple[list[Chain], float]:
+        """Returns chains by their bounds, and the least bound of those that were left out."""
         chains: list[Chain] = []
-        is_complete, least = True, inf
+        dropped = inf
+        width, per_state, num_settings = _width(len(self.settings[0].devices))
         # A sequence is one pass for the bounds, however its prompt is cut.
-        settings = self.settings[:1] if self.settings[0].decode else self.settings
-        width, per_state = _width(len(settings[0].devices))
-        for known in settings:
-            space = Chains(known, self.cluster, self.max_loss)
+        for known in self.settings[: 1 if self.settings[0].decode else num_settings]:
             cutoff_s, cutoff_j = self._cutoffs(objective)
-            found, complete = space.enumerate(
+            found, least = Chains(known, self.cluster, self.max_loss).enumerate(
                 objective, cutoff_s=cutoff_s, cutoff_j=cutoff_j, width=width, per_state=per_state
             )
-            is_complete &= complete
+            dropped = min(dropped, least)
             self.num_chains += len(found)
-            least = min([least, *(chain.bound(objective) for chain in found[:1])])
             for chain in found:
                 self._remember(chain)
             for chain in found[:FIRST_WALKS]:
                 if self.spent_s < stop_s:
                     self.walk(chain, objective)
             chains += found
-        return sorted(chains, key=lambda c: c.bound(objective)), is_complete, least
+        if num_settings < len(self.settings):
+            dropped = 0.0
+        return sorted(chains, key=lambda c: c.bound(objective)), dropped
 
     def _cutoffs(self, objective: str) -> tuple[float, float]:
         """Returns what the bounds of a chain must be below to be of use."""
@@ -363,11 +357,11 @@ class Search:
         return candidate.value(objective)
 
 
-def _width(num_devices: int) -> tuple[int, int]:
-    """Returns how many chains to keep per block, and how many of those that go on alike.
+def _width(num_devices: int) -> tuple[int, int, int]:
+    """Returns how many chains to keep per block, of those that go on alike, and for how many M.
 
     Up to five devices nothing has to be cut off; of more, memory and time bound what is kept.
     """
     if num_devices <= 5:
-        return 40_000, 40_000
-    return (1200, 12) if num_devices <= 8 else (240, 6) if num_devices <= 64 else (80, 4)
+        return 40_000, 40_000, 7
+    return (600, 8, 7) if num_devices <= 8 else (100, 5, 3)

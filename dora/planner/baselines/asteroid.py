@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dora.planner.baselines.problem import Problem, is_stage, microbatches, problem, to_plan
+from dora.planner.baselines.problem import Problem, microbatches, problem, to_plan
 from dora.planner.cost import Array, StageCosts
 from dora.planner.predict import Group
 from dora.spec import Cluster, ModelProfile, Plan, Workload, warmup_for
 
-# With 8, 40 devices and 48 blocks take 9 to 16 s on two shared cores; each more adds about 2 s.
+# With 8, 40 devices and 48 blocks take 8 s of one core, and each more adds about 1.5 s.
 MAX_STAGES = 8
 
 
@@ -51,7 +51,7 @@ class Steps(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """One group as a stage: `[first, end]` seconds and, with a leading axis of devices, shares."""
+    """One group as every stage: seconds and, with a leading axis of devices, shares."""
 
     forward_s: Array
     backward_s: Array
@@ -111,6 +111,8 @@ class Program:
 
     Attributes:
         order: Devices by descending memory.
+        span: `[first, end]` -> where `flat` has that stage.
+        flat: The costs, without empty stages.
         latency: `[p]` -> `[l, n]` least round latency of p stages.
         steps: `[p]` -> the steps of the pipeline kept for each `[l, n]`.
         before: `[p]` -> `[l, n]` (l', n') of the pipeline behind the first stage.
@@ -120,6 +122,21 @@ class Program:
         """Fills the tables up to `most` stages."""
         self.given, self.m = given, num_microbatches
         self.costs = given.costs(num_microbatches)
+        spans = np.triu_indices(self.costs.num_blocks + 1, 1)
+        self.span = np.zeros((self.costs.num_blocks + 1,) * 2, dtype=np.int64)
+        self.span[spans] = np.arange(len(spans[0]))
+        self.flat = self.costs._replace(
+            **{
+                field: getattr(self.costs, field)[..., spans[0], spans[1]]
+                for field in (
+                    "forward_s",
+                    "backward_s",
+                    "state_bytes",
+                    "gradient_bytes",
+                    "activation_bytes",
+                )
+            }
+        )
         everyone = range(given.num_devices)
         self.order = sorted(everyone, key=lambda d: (-given.memory_bytes[d], d))
         self.slow = _slowest_links(given, self.order)
@@ -146,7 +163,7 @@ class Program:
         if key not in self.stages:
             num = len(self.order)
             group = self.order[num - n : num - n_behind]
-            self.stages[key] = stages_of(self.given, self.costs, group, 2 * p - 1)
+            self.stages[key] = stages_of(self.given, self.flat, group, 2 * p - 1)
         return self.stages[key]
 
     def _fill(self, p: int) -> None:
@@ -187,8 +204,9 @@ class Program:
             p: Stages, with the new one.
         """
         front = self.stage(n, n_behind, p)
-        first, end = self.costs.num_blocks - layers, self.costs.num_blocks - behind
-        own = [table[first, end][:, None] for table in front[:3]]
+        end = self.costs.num_blocks - behind
+        span = self.span[self.costs.num_blocks - layers, end]
+        own = [table[span][:, None] for table in front[:3]]
         if p == 1:
             return Steps(*own)
         old = self.steps[p - 1].at(behind, n_behind)
@@ -213,7 +231,7 @@ class Program:
         for p in range(num_stages, 0, -1):
             behind, n_behind = (int(x) for x in self.before[p][layers, n])
             first, end = num_blocks - layers, num_blocks - behind
-            own = self.stage(n, n_behind, p).shares[:, first, end]
+            own = self.stage(n, n_behind, p).shares[:, self.span[first, end]]
             groups.append(Group(first, end, tuple(self.order[num - n : num - n_behind])))
             shares.append([float(share) for share in own])
             layers, n = behind, n_behind
@@ -221,20 +239,24 @@ class Program:
 
 
 def stages_of(given: Problem, costs: StageCosts, group: list[int], in_flight: int) -> Stages:
-    """Returns what a group costs as any stage with that many micro-batches in flight."""
+    """Returns what a group costs as any stage with that many micro-batches in flight.
+
+    Args:
+        given: The problem.
+        costs: With the axes `[first, end]` of every array made one, without empty stages.
+        group: The devices.
+        in_flight: Micro-batches whose activations are kept.
+    """
     forward, backward = costs.forward_s[group], costs.backward_s[group]
+    room = given.memory_bytes[group][:, None] - costs.state_bytes
+    kept = in_flight * costs.activation_bytes
     with np.errstate(divide="ignore", invalid="ignore"):
-        room = given.memory_bytes[group][:, None, None] - costs.state_bytes
-        kept = in_flight * costs.activation_bytes
-        most = np.where(kept > 0, room / kept, np.inf)
-        speed = 1 / np.maximum(forward + backward, 1e-12)
-        shares = _shares(speed, np.clip(most, 0.0, 1.0))
-    possible = np.all(room >= 0, axis=0) & is_stage(costs) & (shares.sum(axis=0) > 1 - 1e-9)
+        most = np.clip(np.where(kept > 0, room / kept, np.inf), 0.0, 1.0)
+    shares = _shares(1 / np.maximum(forward + backward, 1e-12), most)
     # A device without a share runs nothing, which the paper's groups do not have.
-    possible &= np.all(shares > 0, axis=0)
-    slowest = max(
-        (given.links.s_per_byte[a, b] for a in group for b in group if a != b), default=0.0
-    )
+    possible = np.all((room >= 0) & (shares > 0), axis=0) & (shares.sum(axis=0) > 1 - 1e-9)
+    s_per_byte = given.links.s_per_byte[np.ix_(group, group)]
+    slowest = s_per_byte.max(initial=0.0, where=~np.eye(len(group), dtype=bool))
     traffic = 2 * (len(group) - 1) / len(group) * costs.gradient_bytes
     # Without gradients, and in inference, nothing is reduced and no link is needed for it.
     reduce_s = np.multiply(traffic, slowest, where=traffic > 0, out=np.zeros_like(traffic))
