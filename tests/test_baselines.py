@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dora.errors import InfeasiblePlanError
 from dora.planner.baselines import BASELINES
+from dora.planner.baselines.alpa import best_split
 from dora.planner.baselines.asteroid import Steps, round_latency_s
 from dora.planner.baselines.parallax import nearest_chain, water_fill
 from dora.planner.baselines.problem import microbatches, proportional
@@ -406,6 +407,25 @@ def test_alpa_like_has_the_least_sum_and_largest(case):
         spans = case.spans(case.run("alpa-like"))
         assert objective([(a, b) for a, b, _ in spans]) == pytest.approx(least)
         assert [d for *_, devices in spans for d in devices] == list(range(case.n))
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
+def test_alpa_split_is_least_whatever_stages_cost(num_stages, num_blocks, m, data):
+    value = st.one_of(st.integers(1, 30), st.just(inf))
+    width = num_blocks + 1
+    table = np.full((num_stages, width, width), inf)
+    for s, a, b in product(range(num_stages), range(width), range(width)):
+        if a < b:
+            table[s, a, b] = data.draw(value)
+
+    def objective(bounds):
+        stages = [table[num_stages - 1 - s, a, b] for s, (a, b) in enumerate(bounds)]
+        return inf if inf in stages else sum(stages) + (m - 1) * max(stages)
+
+    least = min((objective(bounds) for bounds in splits(num_blocks, num_stages)), default=inf)
+    found, ends = best_split(table, m)
+    assert found == least
+    assert least == inf or objective(list(pairwise([0, *ends]))) == least
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
+from models import make
+from plans import make_plan
 from ranks import run_ranks
+from torch.utils._pytree import tree_map_only
 
+from dora import DoraParallel, partition
+from dora.runtime.batch import as_call
 from dora.runtime.staging import Launch, Launcher, Staging
 
 
@@ -105,8 +111,67 @@ def on_gpu(rank: int) -> None:
     assert future.wait()[0].tolist() == [2, 4]
 
 
-@pytest.mark.cuda
-def test_cuda_tensors_travel():
+def odd_messages(rank: int) -> None:
+    works, received = [], []
+    cases = [*itertools.product((0, 1, 1001, 1_048_577), (torch.float32, torch.bfloat16))]
+    torch.cuda._sleep(500_000_000)  # nothing below is there yet when it is sent
+    for tag, (count, dtype) in enumerate(cases):
+        x = (torch.arange(count, device="cuda") + rank).to(dtype)
+        works.append(dist.isend(x, 1 - rank, tag=tag))
+        y = torch.zeros_like(x)
+        works.append(dist.irecv(y, 1 - rank, tag=tag))
+        received.append(y)
+    for work in works:
+        work.wait()
+    for y, (count, dtype) in zip(received, cases, strict=True):
+        assert torch.equal(y.cpu(), (torch.arange(count) + 1 - rank).to(dtype)), (count, dtype)
+
+
+def train(rank: int, shares: list[list[int]]) -> float:
+    """Returns the largest relative difference of losses and gradients from the plain module's."""
+    ours, plain = make("gpt2"), make("gpt2")
+    for case in (ours, plain):
+        case.module.cuda()
+        case.inputs, case.targets = tree_map_only(
+            torch.Tensor, torch.Tensor.cuda, (case.inputs, case.targets)
+        )
+    args, kwargs = as_call(ours.inputs)
+    chain = partition(ours.module, args, kwargs)
+    model = DoraParallel(chain, make_plan(chain.num_blocks, shares), transport="dora")
+    optimizers = [torch.optim.SGD(x.parameters(), 0.05) for x in (model, plain.module)]
+    worst = 0.0
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = model.step(ours.inputs, ours.targets, ours.loss_fn).item()
+        expected = plain.loss_fn(plain.module(*args, **kwargs), plain.targets)
+        expected.backward()
+        grads = {name: p.grad for name, p in plain.module.named_parameters()}
+        worst = max(worst, abs(loss / expected.item() - 1))
+        for name, parameter in model.named_parameters():
+            difference = (parameter.grad - grads[name]).abs().max() / grads[name].abs().max()
+            worst = max(worst, difference.item())
+        for optimizer in optimizers:
+            optimizer.step()
+    return worst
+
+
+def needs_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    run_ranks(2, on_gpu, backend="dora")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("function", [on_gpu, odd_messages])
+def test_cuda_tensors_travel(function):
+    needs_gpu()
+    run_ranks(2, function, backend="dora")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shares", [[[1], [1]], [[1, 1], [1]]], ids=["two", "two_to_one"])
+@pytest.mark.parametrize("backend", ["gloo", "dora"])
+def test_training_on_a_gpu_equals_the_plain_module(backend, shares):
+    needs_gpu()
+    world_size = sum(len(row) for row in shares)
+    assert max(run_ranks(world_size, train, shares, backend=backend)) <= 1e-5

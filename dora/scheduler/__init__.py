@@ -1,11 +1,15 @@
 """From a plan to what every rank does in which order.
 
 pipeline.py   build_schedule: GPipe, 1F1B and the inference wavefront as lists of Actions
+network.py    schedule_network: priority, chunks and pace of every transfer
+bound.py      lower_bound_s: what no order of the transfers can beat
 deadlines.py  consumer_starts: when the receiver of each message needs it
 validate.py   validate: right actions, no deadlock, memory bounds; peaks and a text grid
 """
 
+from dora.scheduler.bound import lower_bound_s
 from dora.scheduler.deadlines import consumer_starts
+from dora.scheduler.network import schedule_network
 from dora.scheduler.pipeline import DEFAULT_PREFETCH, SCHEDULES, build_schedule, microbatches_of
 from dora.scheduler.validate import (
     format_grid,
@@ -22,8 +26,10 @@ __all__ = [
     "consumer_starts",
     "format_grid",
     "in_flight_bounds",
+    "lower_bound_s",
     "microbatches_of",
     "peak_in_flight",
     "peak_receives",
+    "schedule_network",
     "validate",
 ]

@@ -9,6 +9,7 @@ trace.py     Timeline -> trace file for ui.perfetto.dev, and -> text
 from dora.simulator.dynamics import Dynamics, load_dynamics, wandering
 from dora.simulator.energy import device_j
 from dora.simulator.engine import (
+    Compiled,
     StepCosts,
     compile_step,
     memory_over_time,
@@ -18,6 +19,7 @@ from dora.simulator.engine import (
 from dora.simulator.trace import format_timeline, to_trace
 
 __all__ = [
+    "Compiled",
     "Dynamics",
     "StepCosts",
     "compile_step",

@@ -61,13 +61,13 @@ class Compiled(NamedTuple):
 
     Attributes:
         computes: Per rank, (position in its list, action, transfer that it waits for or -1).
-        sends: Per transfer of a pipeline, in order of its number, the action that sends it; inputs
-            and rounds of reductions have none.
+        sends: (transfer, rank that sends it, label) of each message and input; rounds of
+            reductions have none.
     """
 
     program: _C.Program
     computes: tuple[tuple[tuple[int, Action, int], ...], ...]
-    sends: Mapping[int, Action]
+    sends: tuple[tuple[int, int, str], ...]
 
 
 def simulate(
@@ -90,11 +90,13 @@ def simulate(
         cluster: With the plan's devices.
         discipline: 'priority', or 'fair' for transports without priorities.
         dynamics: Rates and speeds over time.
-        arrivals_s: Per micro-batch, when its input is there; () means at the start.
+        arrivals_s: Per micro-batch, when its input is there, on the clock of `dynamics`; () means
+            at the start.
         start_s: On the clock of `dynamics`; the timeline keeps that clock.
 
     Raises:
-        ScheduleError: A rank waits for ever, for example for a device that has gone.
+        ScheduleError: A rank never ends; the message names a device that has gone, if one has,
+            and otherwise the first one that waits.
         ValueError: No link joins two devices that exchange messages.
     """
     compiled = compile_step(
@@ -111,11 +113,12 @@ def simulate(
         compiled.program.prioritise(compiled.program.tails())
     played = compiled.program.play()
     if played.stuck >= 0:
-        raise ScheduleError(f"rank {played.stuck} ({plan.devices[played.stuck]}) waits for ever")
+        name = plan.devices[played.stuck]
+        raise ScheduleError(f"rank {played.stuck} ({name}) never ends: it or its network has gone")
     return Timeline(
         source="predicted",
         num_ranks=len(plan.devices),
-        spans=tuple(_spans(compiled, played, plan)),
+        spans=tuple(_spans(compiled, played, plan, start_s)),
         energy=_energy(plan, costs, cluster, played, start_s),
         memory=_memory(plan, schedule, costs),
     )
@@ -157,15 +160,19 @@ def compile_step(
     for change in dynamics.changes(plan.devices, cluster) if dynamics else ():
         add = program.change_rate if change.is_medium else program.change_speed
         add(change.at_s, change.position, change.factor)
-    transfers = _add_transfers(program, plan, schedule, costs)
-    inputs = _add_inputs(program, plan, costs, arrivals_s)
+    sends = [
+        *_add_transfers(program, plan, schedule, costs, start_s),
+        *_add_inputs(program, plan, costs, arrivals_s),
+    ]
+    transfers = {action: t for action, _, t in sends}
     computes = tuple(
-        _add_rank(program, rank, actions, costs, {**transfers, **inputs}, arrivals_s)
+        _add_rank(program, rank, actions, costs, transfers, arrivals_s)
         for rank, actions in enumerate(schedule.actions_by_rank)
     )
     for ranks, num_bytes in costs.reductions:
         program.all_reduce(ranks, num_bytes)
-    return Compiled(program, computes, {t: action for action, t in transfers.items()})
+    labels = tuple((t, src, _send_label(action)) for action, src, t in sends)
+    return Compiled(program, computes, labels)
 
 
 def _add_rank(
@@ -198,12 +205,16 @@ def _awaited(action: Action) -> Action:
     return Action(stage - 1 if forward else stage + 1, "SEND_F" if forward else "SEND_B", m)
 
 
+def _send_label(action: Action) -> str:
+    return repr(action) if action.stage >= 0 else f"input {action.microbatch}"
+
+
 def _add_transfers(
-    program: _C.Program, plan: Plan, schedule: Schedule, costs: StepCosts
-) -> dict[Action, int]:
+    program: _C.Program, plan: Plan, schedule: Schedule, costs: StepCosts, start_s: float
+) -> Iterator[tuple[Action, int, int]]:
+    """Adds all messages between stages; yields (send, rank that sends, transfer)."""
     given = {transfer.action: transfer for transfer in schedule.transfers}
     ranks = [plan.ranks(stage.index) for stage in plan.stages]
-    transfers = {}
     for src, actions in enumerate(schedule.actions_by_rank):
         for action in actions:
             stage, kind, m = action
@@ -211,58 +222,55 @@ def _add_transfers(
                 continue
             to = stage + 1 if kind == "SEND_F" else stage - 1
             dst, wish = ranks[to][plan.routes[m][to]], given.get(action)
-            transfers[action] = program.transfer(
+            transfer = program.transfer(
                 src,
                 dst,
                 costs.send_bytes[stage, kind],
                 wish.priority if wish else 0.0,
                 (wish.pace_bytes_per_s or 0.0) if wish else 0.0,
-                wish.not_before_s if wish else 0.0,
+                start_s + wish.not_before_s if wish else 0.0,
             )
-    return transfers
+            yield action, src, transfer
 
 
 def _add_inputs(
     program: _C.Program, plan: Plan, costs: StepCosts, arrivals_s: Sequence[float]
-) -> dict[Action, int]:
+) -> Iterator[tuple[Action, int, int]]:
     """Adds what the source sends to the first stage, as if a stage before it did."""
-    inputs = {}
-    for m, route in enumerate(plan.routes if costs.source is not None else ()):
-        dst = plan.rank_of(0, route[0])
-        if costs.source is not None and dst != costs.source:
-            inputs[Action(-1, "SEND_F", m)] = program.transfer(
+    if costs.source is None:
+        return
+    ranks = plan.ranks(0)
+    for m, route in enumerate(plan.routes):
+        if ranks[route[0]] != costs.source:
+            transfer = program.transfer(
                 costs.source,
-                dst,
+                ranks[route[0]],
                 costs.input_bytes,
                 not_before_s=arrivals_s[m] if arrivals_s else 0.0,
                 is_input=True,
             )
-    return inputs
+            yield Action(-1, "SEND_F", m), costs.source, transfer
 
 
-def _spans(compiled: Compiled, played: _C.Played, plan: Plan) -> Iterator[Span]:
+def _spans(compiled: Compiled, played: _C.Played, plan: Plan, begin_s: float) -> Iterator[Span]:
     arrivals = played.transfers()
-    # model_construct: what the simulation gives is valid, and checking it would take most of the
-    # time of a long simulation.
-    make = Span.model_construct
     for rank, computes in enumerate(compiled.computes):
         ops, free_s = played.ops(rank), None
         for position, action, after in computes:
-            start_s, end_s = ops[position]
+            (start_s, end_s), label = ops[position], repr(action)
             if after >= 0 and free_s is not None and start_s > free_s:
-                yield make(
-                    rank=rank, lane="wait", label=repr(action), start_s=free_s, end_s=start_s
-                )
-            yield make(rank=rank, lane="compute", label=repr(action), start_s=start_s, end_s=end_s)
+                yield Span(rank=rank, lane="wait", label=label, start_s=free_s, end_s=start_s)
+            yield Span(rank=rank, lane="compute", label=label, start_s=start_s, end_s=end_s)
             free_s = end_s
-    for t, action in compiled.sends.items():
-        src = plan.rank_of(action.stage, plan.routes[action.microbatch][action.stage])
-        start_s, end_s = arrivals[t]
-        yield make(rank=src, lane="network", label=repr(action), start_s=start_s, end_s=end_s)
-    yield from _reduction_spans(compiled, played, plan)
+    for transfer, src, label in compiled.sends:
+        start_s, end_s = arrivals[transfer]
+        yield Span(rank=src, lane="network", label=label, start_s=start_s, end_s=end_s)
+    yield from _reduction_spans(compiled, played, plan, begin_s)
 
 
-def _reduction_spans(compiled: Compiled, played: _C.Played, plan: Plan) -> Iterator[Span]:
+def _reduction_spans(
+    compiled: Compiled, played: _C.Played, plan: Plan, begin_s: float
+) -> Iterator[Span]:
     """Yields one network span per rank that reduces gradients, from its last compute on."""
     for rank, computes in enumerate(compiled.computes):
         ops = played.ops(rank)
@@ -270,7 +278,7 @@ def _reduction_spans(compiled: Compiled, played: _C.Played, plan: Plan) -> Itera
         last = computes[-1][0] if computes else -1
         if placement is not None and len(ops) > last + 1:
             tail = [span for span in ops[last + 1 :] if span[1] > 0]
-            start_s = ops[last][1] if computes else 0.0
+            start_s = ops[last][1] if computes else begin_s
             if tail and tail[-1][1] > start_s:
                 label = repr(Action(placement[0], "REDUCE_GRAD"))
                 yield Span(

@@ -1,7 +1,8 @@
 """Asteroid's hybrid pipeline: data-parallel groups of devices as stages.
 
 Source: Ye et al., Asteroid: Resource-Efficient Hybrid Pipeline Parallelism for Collaborative DNN
-Training on Heterogeneous Edge Devices, MobiCom 2024, arXiv 2408.08015. Taken from it:
+Training on Heterogeneous Edge Devices, MobiCom 2024, arXiv 2408.08015. Taken from it, its
+equations as a public re-implementation that cites them gives them:
 
 - Devices in descending order of memory; the dynamic program Q(l, n, p) puts the last l layers on
   the last n devices in p stages, and adds a stage in front. All devices are used.

@@ -4,7 +4,8 @@ Source: Zhang et al., EdgeShard: Efficient LLM Inference via Collaborative Edge 
 Internet of Things Journal 2025, arXiv 2405.14371: the latency program over (layer, device), the
 throughput program g(i, S, k) over subsets of devices with a stage's cost the larger of its compute
 and its communication, bytes over the bandwidth of the pair as communication, and the first layer
-on the device that has the inputs.
+on the device that has the inputs. Both programs were read in published notes on the paper, which
+comes without source code.
 
 Our reading: devices hold contiguous blocks and appear once; memory holds the state of the blocks;
 times are taken at the micro-batch that a pipeline of all devices would use; the token that returns

@@ -33,7 +33,7 @@ from dora.planner.cost import Array, StageCosts
 from dora.planner.predict import Group
 from dora.spec import Cluster, ModelProfile, Plan, Workload
 
-# These take 4 s at 48 blocks: ten devices of each of four types, or 12 that all differ.
+# These take 1 to 2 s at 48 blocks: ten devices of each of four types, or 12 that all differ.
 MAX_STATES = 1 << 16
 
 
@@ -119,11 +119,12 @@ def best_chain(
             if ended[-1] < answer:
                 answer, ending = ended[-1], (used, u, int(first[-1]))
             larger = used + int(radix[u])
-            for v in range(num_types):
-                arrived = np.maximum(ended[:-1], hops[:, u, v])
-                better = np.flatnonzero(arrived < best[larger, v, :-1])
-                best[larger, v, better] = arrived[better]
-                before[larger, v, better, 0], before[larger, v, better, 1] = first[better], u
+            arrived = np.maximum(ended[:-1], hops[:, u, :].T)
+            better = arrived < best[larger, :, :-1]
+            best[larger, :, :-1][better] = arrived[better]
+            before[larger, :, :-1][better] = np.stack([first[:-1], 0 * first[:-1] + u], axis=-1)[
+                np.nonzero(better)[1]
+            ]
     if not np.isfinite(answer):
         return None
     used, u, first_block = ending
