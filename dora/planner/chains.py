@@ -73,6 +73,16 @@ class Chains:
         )
         return [self._chain(*one) for one in found], dropped
 
+    def least(self, objective: str) -> float:
+        """Returns what no chain of any groups can beat, from the work alone."""
+        problem, m = self.problem, self.num_microbatches
+        block_s = np.diff(problem["forward_s"] + problem["backward_s"], axis=1)
+        if objective == "energy":
+            return float(m * (block_s * problem["extra_w"][:, None]).min(axis=0).sum())
+        best_s = block_s.min(axis=0)
+        ratio = np.divide(best_s, block_s, out=np.ones_like(block_s), where=block_s > 0)
+        return float(max(best_s.sum(), m * best_s.sum() / ratio.max(axis=1).sum()))
+
     def _chain(
         self, bound_s: float, bound_j: float, groups: Sequence[int], ends: Sequence[int]
     ) -> Chain:

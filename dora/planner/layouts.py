@@ -148,7 +148,11 @@ def step_costs(
 ) -> StepCosts:
     """Returns what the actions of a plan cost, for `dora.simulator.simulate`."""
     known = setting(profile, cluster, workload, plan.num_microbatches)
-    layout = layout_of(plan, known)
+    return costs_of(layout_of(plan, known), known, plan)
+
+
+def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
+    """Returns the same for a layout and the plan made from it."""
     ranks = {d: plan.devices.index(known.devices[d].name) for d in range(len(known.devices))}
     compute_s: dict[tuple[int, str], float] = {}
     fixed, kept, factors = ([value] * len(plan.devices) for value in (0.0, 0.0, 1.0))

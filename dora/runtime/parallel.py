@@ -30,7 +30,7 @@ from dora.runtime.seeds import SeedKey
 from dora.runtime.stage import StageRunner
 from dora.runtime.state import ModelState, local_modules
 from dora.runtime.transports import open_transport
-from dora.scheduler import build_schedule, consumer_starts, validate
+from dora.scheduler import build_schedule, deadlines, validate
 from dora.spec import Action, Plan, Span, Timeline
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -204,7 +204,7 @@ class DoraParallel(nn.Module):
             )
             validate(schedule, plan)
             by_rank = schedule.actions_by_rank
-            self._schedules[key] = _Turn(plan, by_rank[self.rank], consumer_starts(by_rank, plan))
+            self._schedules[key] = _Turn(plan, by_rank[self.rank], deadlines(by_rank, plan))
         return self._schedules[key]
 
     # ------------------------------------------------------------ training and inference

@@ -3,12 +3,12 @@
 pipeline.py   build_schedule: GPipe, 1F1B and the inference wavefront as lists of Actions
 network.py    schedule_network: priority, chunks and pace of every transfer
 bound.py      lower_bound_s: what no order of the transfers can beat
-deadlines.py  consumer_starts: when the receiver of each message needs it
+deadlines.py  deadlines: the order in which messages leave, as decided or by their consumers
 validate.py   validate: right actions, no deadlock, memory bounds; peaks and a text grid
 """
 
 from dora.scheduler.bound import lower_bound_s
-from dora.scheduler.deadlines import consumer_starts
+from dora.scheduler.deadlines import consumer_starts, deadlines
 from dora.scheduler.network import schedule_network
 from dora.scheduler.pipeline import DEFAULT_PREFETCH, SCHEDULES, build_schedule, microbatches_of
 from dora.scheduler.validate import (
@@ -24,6 +24,7 @@ __all__ = [
     "SCHEDULES",
     "build_schedule",
     "consumer_starts",
+    "deadlines",
     "format_grid",
     "in_flight_bounds",
     "lower_bound_s",

@@ -10,6 +10,25 @@ from dora.spec import Action, Plan
 _WORK = {"F": 1.0, "B": 2.0}
 
 
+def deadlines(
+    actions_by_rank: Sequence[Sequence[Action]], plan: Plan
+) -> Mapping[Action, float]:
+    """Returns what to sort the messages of a step by, earliest first.
+
+    What the network scheduler decided, if the plan carries that for all of these messages; another
+    number of micro-batches, for example of a last, smaller batch, falls back on `consumer_starts`.
+
+    Args:
+        actions_by_rank: Of a valid schedule.
+        plan: That the schedule is for.
+    """
+    decided = {transfer.action: -transfer.priority for transfer in plan.transfers}
+    sends = [a for actions in actions_by_rank for a in actions if a.kind.startswith("SEND")]
+    if decided and all(action in decided for action in sends):
+        return decided
+    return consumer_starts(actions_by_rank, plan)
+
+
 def consumer_starts(
     actions_by_rank: Sequence[Sequence[Action]], plan: Plan
 ) -> Mapping[Action, float]:

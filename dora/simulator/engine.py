@@ -61,13 +61,15 @@ class Compiled(NamedTuple):
 
     Attributes:
         computes: Per rank, (position in its list, action, transfer that it waits for or -1).
-        sends: (transfer, rank that sends it, label) of each message and input; rounds of
+        sends: Per transfer of a pipeline, by its number, the action that sends it; rounds of
             reductions have none.
+        inputs: Per transfer from the source, its micro-batch.
     """
 
     program: _C.Program
     computes: tuple[tuple[tuple[int, Action, int], ...], ...]
-    sends: tuple[tuple[int, int, str], ...]
+    sends: Mapping[int, Action]
+    inputs: Mapping[int, int]
 
 
 def simulate(
@@ -85,7 +87,7 @@ def simulate(
 
     Args:
         plan: Routes and devices.
-        schedule: Of all ranks; without transfers, each is as urgent as its tail is long.
+        schedule: Of all ranks; what its transfers do not name is as urgent as its tail is long.
         costs: Seconds and bytes of the plan's actions.
         cluster: With the plan's devices.
         discipline: 'priority', or 'fair' for transports without priorities.
@@ -109,8 +111,7 @@ def simulate(
         arrivals_s=arrivals_s,
         start_s=start_s,
     )
-    if not schedule.transfers:
-        compiled.program.prioritise(compiled.program.tails())
+    _prioritise(compiled, schedule)
     played = compiled.program.play()
     if played.stuck >= 0:
         name = plan.devices[played.stuck]
@@ -118,7 +119,7 @@ def simulate(
     return Timeline(
         source="predicted",
         num_ranks=len(plan.devices),
-        spans=tuple(_spans(compiled, played, plan, start_s)),
+        spans=tuple(_spans(compiled, played, plan, costs, start_s)),
         energy=_energy(plan, costs, cluster, played, start_s),
         memory=_memory(plan, schedule, costs),
     )
@@ -160,19 +161,21 @@ def compile_step(
     for change in dynamics.changes(plan.devices, cluster) if dynamics else ():
         add = program.change_rate if change.is_medium else program.change_speed
         add(change.at_s, change.position, change.factor)
-    sends = [
-        *_add_transfers(program, plan, schedule, costs, start_s),
-        *_add_inputs(program, plan, costs, arrivals_s),
-    ]
-    transfers = {action: t for action, _, t in sends}
+    transfers = _add_transfers(program, plan, schedule, costs, start_s)
+    inputs = _add_inputs(program, plan, costs, arrivals_s)
+    awaited = {**transfers, **inputs}
     computes = tuple(
-        _add_rank(program, rank, actions, costs, transfers, arrivals_s)
+        _add_rank(program, rank, actions, costs, awaited, arrivals_s)
         for rank, actions in enumerate(schedule.actions_by_rank)
     )
     for ranks, num_bytes in costs.reductions:
         program.all_reduce(ranks, num_bytes)
-    labels = tuple((t, src, _send_label(action)) for action, src, t in sends)
-    return Compiled(program, computes, labels)
+    return Compiled(
+        program,
+        computes,
+        sends={t: action for action, t in transfers.items()},
+        inputs={t: action.microbatch for action, t in inputs.items()},
+    )
 
 
 def _add_rank(
@@ -205,16 +208,12 @@ def _awaited(action: Action) -> Action:
     return Action(stage - 1 if forward else stage + 1, "SEND_F" if forward else "SEND_B", m)
 
 
-def _send_label(action: Action) -> str:
-    return repr(action) if action.stage >= 0 else f"input {action.microbatch}"
-
-
 def _add_transfers(
     program: _C.Program, plan: Plan, schedule: Schedule, costs: StepCosts, start_s: float
-) -> Iterator[tuple[Action, int, int]]:
-    """Adds all messages between stages; yields (send, rank that sends, transfer)."""
+) -> dict[Action, int]:
     given = {transfer.action: transfer for transfer in schedule.transfers}
     ranks = [plan.ranks(stage.index) for stage in plan.stages]
+    transfers = {}
     for src, actions in enumerate(schedule.actions_by_rank):
         for action in actions:
             stage, kind, m = action
@@ -222,7 +221,7 @@ def _add_transfers(
                 continue
             to = stage + 1 if kind == "SEND_F" else stage - 1
             dst, wish = ranks[to][plan.routes[m][to]], given.get(action)
-            transfer = program.transfer(
+            transfers[action] = program.transfer(
                 src,
                 dst,
                 costs.send_bytes[stage, kind],
@@ -230,30 +229,40 @@ def _add_transfers(
                 (wish.pace_bytes_per_s or 0.0) if wish else 0.0,
                 start_s + wish.not_before_s if wish else 0.0,
             )
-            yield action, src, transfer
+    return transfers
 
 
 def _add_inputs(
     program: _C.Program, plan: Plan, costs: StepCosts, arrivals_s: Sequence[float]
-) -> Iterator[tuple[Action, int, int]]:
+) -> dict[Action, int]:
     """Adds what the source sends to the first stage, as if a stage before it did."""
-    if costs.source is None:
-        return
+    inputs = {}
     ranks = plan.ranks(0)
-    for m, route in enumerate(plan.routes):
-        if ranks[route[0]] != costs.source:
-            transfer = program.transfer(
+    for m, route in enumerate(plan.routes if costs.source is not None else ()):
+        dst = ranks[route[0]]
+        if costs.source is not None and dst != costs.source:
+            inputs[Action(-1, "SEND_F", m)] = program.transfer(
                 costs.source,
-                ranks[route[0]],
+                dst,
                 costs.input_bytes,
                 not_before_s=arrivals_s[m] if arrivals_s else 0.0,
                 is_input=True,
             )
-            yield Action(-1, "SEND_F", m), costs.source, transfer
+    return inputs
 
 
-def _spans(compiled: Compiled, played: _C.Played, plan: Plan, begin_s: float) -> Iterator[Span]:
-    arrivals = played.transfers()
+def _prioritise(compiled: Compiled, schedule: Schedule) -> None:
+    """Gives every transfer that the schedule does not name its tail as priority."""
+    priorities = compiled.program.tails()
+    given = {transfer.action: transfer.priority for transfer in schedule.transfers}
+    for t, action in compiled.sends.items():
+        priorities[t] = given.get(action, priorities[t])
+    compiled.program.prioritise(priorities)
+
+
+def _spans(
+    compiled: Compiled, played: _C.Played, plan: Plan, costs: StepCosts, begin_s: float
+) -> Iterator[Span]:
     for rank, computes in enumerate(compiled.computes):
         ops, free_s = played.ops(rank), None
         for position, action, after in computes:
@@ -262,8 +271,15 @@ def _spans(compiled: Compiled, played: _C.Played, plan: Plan, begin_s: float) ->
                 yield Span(rank=rank, lane="wait", label=label, start_s=free_s, end_s=start_s)
             yield Span(rank=rank, lane="compute", label=label, start_s=start_s, end_s=end_s)
             free_s = end_s
-    for transfer, src, label in compiled.sends:
-        start_s, end_s = arrivals[transfer]
+    ranks = [plan.ranks(stage.index) for stage in plan.stages]
+    senders = [
+        (t, ranks[a.stage][plan.routes[a.microbatch][a.stage]], repr(a))
+        for t, a in compiled.sends.items()
+    ]
+    inputs = [(t, costs.source, f"input {m}") for t, m in compiled.inputs.items()]
+    arrivals = played.transfers()
+    for t, src, label in (*senders, *inputs):
+        start_s, end_s = arrivals[t]
         yield Span(rank=src, lane="network", label=label, start_s=start_s, end_s=end_s)
     yield from _reduction_spans(compiled, played, plan, begin_s)
 
