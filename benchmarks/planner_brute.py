@@ -31,9 +31,10 @@ from dora.planner.search import microbatch_choices
 from dora.spec import BoundaryCodec, Cluster, ModelProfile, Workload
 
 Value = tuple[float, float]
+Windows = Callable[[Sequence[Group], Sequence[Sequence[int]], Setting], list[Layout]]
 UNBOUNDED = 10**9
 # Bounds are lowered by this share before they exclude anything, should they be too high.
-DISTRUST = 0.03
+DISTRUST = 0.1
 
 
 class Chain(NamedTuple):
@@ -84,7 +85,7 @@ class Brute:
 
     Args:
         choices: Numbers of micro-batches; None: those that the planner tries.
-        windows: Which of a placement's layouts to play.
+        windows: Gives the layouts of one placement.
         codec: Tried on all boundaries, beside none.
     """
 
@@ -95,7 +96,7 @@ class Brute:
         workload: Workload,
         *,
         choices: Sequence[int] | None = None,
-        windows: Callable[[list[Layout]], list[Layout]] = lambda made: made,
+        windows: Windows = layouts,
         codec: BoundaryCodec | None = None,
         max_loss: float = 0.0,
     ) -> None:
@@ -147,7 +148,7 @@ class Brute:
             return
         self.played.add(chain)
         known, groups = self.settings[chain.space], self._stages(chain)
-        for layout in self.windows(layouts(groups, shares(groups, known), known)):
+        for layout in self.windows(groups, shares(groups, known), known):
             for one in self._coded(layout):
                 for modes in self._modes_of(one.devices, known):
                     value = self._value(one._replace(modes=modes), known)
@@ -191,8 +192,7 @@ class Brute:
 def mode_choices(devices: Iterable[int], known: Setting) -> list[tuple[tuple[int, str], ...]]:
     """Returns all choices of power modes of those devices, as in a `Layout`."""
     options = [
-        [(), *(((d, mode.name),) for mode in known.devices[d].power_modes)]
-        for d in sorted(devices)
+        [(), *(((d, mode.name),) for mode in known.devices[d].power_modes)] for d in sorted(devices)
     ]
     return [tuple(one for chosen in choice for one in chosen) for choice in product(*options)]
 

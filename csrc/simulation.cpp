@@ -9,6 +9,8 @@ namespace dora::sim {
 namespace {
 
 constexpr double kNever = std::numeric_limits<double>::infinity();
+// Of a transfer's bytes; what is left of them by rounding is sent.
+constexpr double kRounding = 1e-12;
 
 class Player {
  public:
@@ -39,11 +41,7 @@ class Player {
     while (step()) {
     }
     for (std::size_t r = 0; r < at_.size(); r++)
-      if (at_[r] < program_.ranks[r].size()) {
-        played_.stuck = static_cast<std::int32_t>(r);
-        played_.end_s = kNever;
-        break;
-      }
+      if (at_[r] < program_.ranks[r].size()) blame(r);
     return std::move(played_);
   }
 
@@ -73,6 +71,14 @@ class Player {
     double remaining = 0;
     double done_s = kNever;
   };
+
+  // One whose compute never ends goes before those that may only wait for it.
+  void blame(std::size_t rank) {
+    played_.end_s = kNever;
+    bool is_first = played_.stuck == kNone;
+    if (is_first || (computing_[rank].is_on && !computing_[played_.stuck].is_on))
+      played_.stuck = static_cast<std::int32_t>(rank);
+  }
 
   // Advances to the next event; false if nothing will ever happen.
   bool step() {
@@ -214,6 +220,9 @@ class Player {
       State& state = state_[indexOf(flow)];
       state.done_s = flow->rate_bytes_per_s > 0 ? now_s_ + state.remaining / flow->rate_bytes_per_s
                                                 : kNever;
+      // Or a more urgent flow that starts when this one ends would hold it up for no byte.
+      if (state.remaining <= kRounding * program_.transfers[indexOf(flow)].num_bytes)
+        state.done_s = now_s_;
       next_done_s_ = std::min(next_done_s_, state.done_s);
     }
     is_dirty_ = false;

@@ -58,7 +58,7 @@ struct Interval {
 
 struct Played {
   double end_s = 0;            // of the last compute or arrival; infinite if something never ends
-  std::int32_t stuck = kNone;  // the first rank that never ended, if any
+  std::int32_t stuck = kNone;  // a rank that never ended, if any: one that computes, or the first
   std::vector<double> busy_s;  // per rank, computing
   std::vector<double> sent_bytes, received_bytes;  // per rank
   std::vector<double> medium_busy_s;               // per medium, carrying something

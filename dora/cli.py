@@ -21,7 +21,8 @@ import typer
 
 from dora import catalog, views
 from dora.cli_network import doctor, key
-from dora.console import FORCE, check_free, err, out, progress_of, waiting
+from dora.cli_plan import compare_command, plan_command, simulate_command
+from dora.console import FORCE, check_free, err, out, progress_of
 from dora.demo.launch import DemoError, alone_command, demo_environment, devices_command, follow
 from dora.demo.planning import NUM_RANKS
 from dora.demo.screen import Screen
@@ -29,14 +30,13 @@ from dora.demo.worker import Settings
 from dora.doctor import num_cores
 from dora.errors import DoraError, SpecError
 from dora.factory import build
-from dora.files import load, save, validate
+from dora.files import load, save
 from dora.partition import partition
-from dora.profiler import load_profiles, profile_model
+from dora.profiler import profile_model
 from dora.runtime.batch import as_call
 from dora.scheduler import build_schedule, format_grid
-from dora.search import explore, measured_devices
 from dora.simulator import format_timeline
-from dora.spec import Cluster, ModelProfile, Plan, QoE, Spec, Timeline, Workload
+from dora.spec import Cluster, ModelProfile, Plan, Spec, Timeline
 
 app = typer.Typer(
     name="dora",
@@ -146,73 +146,9 @@ def profile(
     out.print(f"Written: {file}. Next: dora plan {file} CLUSTER.toml", soft_wrap=True)
 
 
-@app.command()
-def plan(
-    profile_file: Annotated[Path, typer.Argument(metavar="PROFILE.json")],
-    cluster_file: Annotated[Path, typer.Argument(metavar="CLUSTER.toml")],
-    *,
-    also: Annotated[
-        list[Path] | None,
-        typer.Option(help="Profile of the same model on another device; may be repeated."),
-    ] = None,
-    qoe_file: Annotated[Path | None, typer.Option("--qoe", help="Bounds and objective.")] = None,
-    training: Annotated[bool, typer.Option("--train/--infer", help="What is planned.")] = True,
-    batch: Annotated[
-        int | None, typer.Option(help="Samples per step or request; default 32 or 1.")
-    ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Default: the planner's choice.")] = None,
-    pick: Annotated[int, typer.Option(min=1, help="Which preview --out writes.")] = 1,
-    file: Annotated[Path | None, typer.Option("--out", help="The plan to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    force: FORCE = False,
-) -> None:
-    """Previews the plans for a model on a cluster: time, energy, memory, and what was rejected."""
-    if file is not None:
-        check_free(file, force)
-    known = load_profiles([profile_file, *(also or [])])
-    cluster = catalog.load_cluster(cluster_file)
-    size = batch if batch is not None else (32 if training else 1)
-    workload = validate(
-        Workload,
-        {
-            "kind": "train" if training else "infer",
-            "batch_size": size,
-            "num_microbatches": microbatches,
-        },
-        source="--batch, --microbatches",
-    )
-    qoe = load(QoE, qoe_file) if qoe_file else QoE()
-    with waiting("searching"):
-        found = explore(known, cluster, workload, qoe)
-    measured = measured_devices(known)
-    times = {d.name: "measured" if d.name in measured else "modelled" for d in cluster.devices}
-    if as_json:
-        out.print_json(json.dumps(views.result_json(found, times)))
-    else:
-        _show_plans(found, times, measured, "step" if training else "latency")
-    if not found.plans:
-        raise typer.Exit(_complain(found.problem, 1))
-    if file is not None:
-        if pick > len(found.plans):
-            raise SpecError(f"--pick: given {pick}, allowed: 1 to {len(found.plans)}")
-        save(found.plans[pick - 1], file)
-        err.print(f"Written: {file}", soft_wrap=True)
-
-
-def _show_plans(found: Any, times: dict[str, str], measured: Sequence[str], what: str) -> None:
-    out.print(views.plan_table(found.plans, found.best_single, what))
-    out.print(views.single_line(found.best_single))
-    if not found.is_optimal:
-        out.print("The search stopped at its limit: a better plan may exist.")
-    out.print(views.rejected_table(found.rejected))
-    for source in ("measured", "modelled"):
-        names = [name for name, given in times.items() if given == source]
-        if names:
-            roofline = " (catalogue roofline; measure with: dora profile)"
-            out.print(f"Times {source} for {', '.join(names)}{roofline * (source == 'modelled')}.")
-    unused = [name for name in measured if name not in times]
-    if unused:
-        out.print(f"Note: the profile of {', '.join(unused)} is of no device in this cluster.")
+app.command("plan")(plan_command)
+app.command("simulate")(simulate_command)
+app.command("compare")(compare_command)
 
 
 @app.command()

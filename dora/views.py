@@ -9,9 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dora.compare import Comparison
 from dora.doctor import Finding
+from dora.judge import Entry
 from dora.planner import SearchResult
-from dora.spec import Device, ModelProfile, Plan
+from dora.spec import Cluster, Device, ModelProfile, Plan, Replica, Stage, Timeline
 
 # How a reason begins -> the kind it is counted under.
 _REASONS = {
@@ -26,13 +28,30 @@ _STATUS = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 def describe(plan: Plan) -> str:
-    """Returns for example 'phone[0-3] | laptop+hub[4-11] x8', with shares where uneven."""
-    stages = []
-    for stage in plan.stages:
-        even = len({round(replica.share, 6) for replica in stage.replicas}) == 1
-        names = (r.device if even else f"{r.device}({r.share:.0%})" for r in stage.replicas)
-        stages.append(f"{'+'.join(names)}[{stage.first_block}-{stage.last_block}]")
-    return f"{' | '.join(stages)} x{plan.num_microbatches}"
+    """Returns for example 'phone[0-3] | laptop+hub[4-11] x8'.
+
+    With shares where uneven, power modes where not the default, and codecs in place of the bar:
+    'phone@15w[0-3] |int8/none| laptop(60%)+hub(40%)[4-11] x8', forward before backward.
+    """
+    text = _describe_stage(plan.stages[0])
+    for s, stage in enumerate(plan.stages[1:]):
+        codec = plan.codecs[s] if plan.codecs else None
+        names = [codec.forward, codec.backward] if codec else []
+        if plan.schedule_kind == "wavefront":
+            names = names[:1]
+        bar = f"|{'/'.join(dict.fromkeys(names))}|" if set(names) - {"none"} else "|"
+        text += f" {bar} {_describe_stage(stage)}"
+    return f"{text} x{plan.num_microbatches}"
+
+
+def _describe_stage(stage: Stage) -> str:
+    is_even = len({round(replica.share, 6) for replica in stage.replicas}) == 1
+
+    def name(replica: Replica) -> str:
+        mode = f"@{replica.power_mode}" * (replica.power_mode != "default")
+        return f"{replica.device}{mode}" + ("" if is_even else f"({replica.share:.0%})")
+
+    return f"{'+'.join(map(name, stage.replicas))}[{stage.first_block}-{stage.last_block}]"
 
 
 def seconds(value: float) -> str:
@@ -74,7 +93,10 @@ def plan_table(plans: Sequence[Plan], single: Plan | None, what: str) -> Table:
             memory,
             plan.schedule_kind,
         )
-    table.caption = "device[first block-last block], + replica, | next stage, x micro-batches"
+    table.caption = (
+        "device@power mode(share)[first block-last block], + replica, | next stage, |codec|, "
+        "x micro-batches"
+    )
     return table
 
 
@@ -84,6 +106,16 @@ def single_line(single: Plan | None) -> str:
         return "Best single device: none has the memory for the model."
     name = single.stages[0].replicas[0].device
     return f"Best single device: {name} would take {seconds(single.cost.makespan_s)}."
+
+
+def gap_line(result: SearchResult) -> str:
+    """Returns how much better than the first plan another one could be."""
+    if result.is_optimal:
+        return "Optimal: no other chain of devices, at the windows and shares tried, is better."
+    return (
+        f"Within {result.gap:.0%} of the bound: the search stopped at its limit, a better plan may "
+        "exist."
+    )
 
 
 def rejected_table(rejected: Sequence[tuple[str, str]], examples: int = 2) -> Table:
@@ -120,6 +152,7 @@ def result_json(result: SearchResult, times: Mapping[str, str]) -> dict[str, Any
         "best_single": data(result.best_single) if result.best_single else None,
         "problem": result.problem,
         "is_optimal": result.is_optimal,
+        "gap": result.gap,
         "rejected": [{"candidate": text, "reason": reason} for text, reason in result.rejected],
         "times": dict(times),
     }
@@ -188,6 +221,131 @@ def demo_table(devices: Mapping[str, Any], alone: Mapping[str, Any]) -> Table:
     error = devices["predicted_s"] / devices["step_s"] - 1
     table.add_row("step, predicted", "", f"{seconds(devices['predicted_s'])} ({error:+.0%})")
     return table
+
+
+def step_figures(timeline: Timeline) -> dict[str, float]:
+    """Returns the time of a step and where it goes; means are over the devices that compute."""
+    ranks = {span.rank for span in timeline.spans if span.lane == "compute"}
+    busy_s = sum(timeline.busy_s(rank, "compute") for rank in ranks)
+    return {
+        "makespan_s": timeline.makespan_s,
+        "bubble_ratio": 1 - busy_s / (len(ranks) * timeline.makespan_s),
+        "exposed_comm_s": timeline.exposed_comm_s * timeline.num_ranks / len(ranks),
+        "energy_j": timeline.energy_j,
+    }
+
+
+def step_line(timeline: Timeline) -> str:
+    """Returns the figures of a step in one line."""
+    figures = step_figures(timeline)
+    return (
+        f"{seconds(figures['makespan_s'])}, bubble ratio {figures['bubble_ratio']:.2f}, exposed "
+        f"communication {seconds(figures['exposed_comm_s'])}, {figures['energy_j']:.4g} J"
+    )
+
+
+def device_use_table(timeline: Timeline, plan: Plan, cluster: Cluster) -> Table:
+    """Returns what each device of a plan does in one step."""
+    table = _table("device", "computes", "energy", "peak memory", "of")
+    peaks = {memory.device: memory.peak_bytes for memory in timeline.memory}
+    for rank, energy in enumerate(timeline.energy):
+        if not (energy.joules or energy.device in peaks):
+            continue
+        table.add_row(
+            energy.device,
+            f"{timeline.busy_s(rank, 'compute') / timeline.makespan_s:.0%}",
+            f"{energy.joules:.3g} J",
+            num_bytes(peaks.get(energy.device, 0)),
+            num_bytes(cluster.device(energy.device).memory_bytes),
+        )
+    return table
+
+
+def timeline_json(timelines: Sequence[Timeline], plan: Plan) -> dict[str, Any]:
+    """Returns the figures of simulated steps as plain data; all but `steps_s` of the first."""
+    first = timelines[0]
+    return {
+        "plan": describe(plan),
+        "source": first.source,
+        **step_figures(first),
+        "energy": [energy.model_dump() for energy in first.energy],
+        "memory": [memory.model_dump() for memory in first.memory],
+        "steps_s": [timeline.makespan_s for timeline in timelines],
+    }
+
+
+def comparison_table(title: str, found: Comparison) -> Table:
+    """Returns one row per planner, Dora first."""
+    table = _table("planner", "plan", "time", "energy", "QoE met", "Dora's gain")
+    table.title = title
+    for entry in (found.dora, *found.rivals, found.single):
+        if not entry.can_run or entry.plan is None or entry.plan.cost is None:
+            table.add_row(entry.planner, entry.problem, "-", "-", "-", "-")
+            continue
+        cost = entry.plan.cost
+        table.add_row(
+            entry.planner,
+            describe(entry.plan),
+            seconds(cost.makespan_s),
+            f"{cost.energy_j:.3g} J",
+            "yes" if entry.meets_qoe else "no: " + ", ".join(entry.broken),
+            f"{entry.gain:.2f}x" if entry.gain is not None and entry is not found.dora else "-",
+        )
+    table.caption = (
+        f"simulated; minimises {found.qoe.objective}; a plan without an order of its own runs "
+        "under priority or fair sharing, whichever is faster"
+    )
+    return table
+
+
+def comparison_lines(found: Comparison, reasons: Sequence[str]) -> list[str]:
+    """Returns what a table of planners does not say."""
+    lines = [f"Note: {found.note}."] if found.note else []
+    if not found.dora.meets_qoe:
+        lines.append("QoE unreachable: Dora's nearest plan is compared.")
+    best, gain = found.best_rival, found.gain
+    if best is not None and gain is not None:
+        why = f"; why so little: {', '.join(reasons)}" if reasons else ""
+        lines.append(f"Dora's gain over the best of them, {best.planner}: {gain:.2f}x{why}.")
+    elif best is not None and found.dora.meets_qoe:
+        lines.append("Only Dora's plan meets the QoE.")
+    return lines
+
+
+def comparison_rows(name: str, found: Comparison) -> list[dict[str, Any]]:
+    """Returns one flat row per planner, for a file."""
+    return [_entry_row(name, e, found) for e in (found.dora, *found.rivals, found.single)]
+
+
+def _entry_row(name: str, entry: Entry, found: Comparison) -> dict[str, Any]:
+    plan, cost = entry.plan, entry.plan.cost if entry.plan and entry.can_run else None
+    return {
+        "cell": name,
+        "objective": found.qoe.objective,
+        "planner": entry.planner,
+        "plan": describe(plan) if plan else "",
+        "problem": entry.problem,
+        "time_s": cost.makespan_s if cost else None,
+        "energy_j": cost.energy_j if cost else None,
+        "ttft_s": cost.ttft_s if cost else None,
+        "tpot_s": cost.tpot_s if cost else None,
+        "meets_qoe": entry.meets_qoe,
+        "broken": "; ".join(entry.broken),
+        "gain_of_dora": entry.gain,
+        "discipline": entry.discipline,
+        "planning_s": entry.planning_s,
+        "source": "simulated",
+    }
+
+
+def comparison_json(name: str, found: Comparison, reasons: Sequence[str]) -> dict[str, Any]:
+    """Returns a comparison as plain data."""
+    return {
+        "cell": name,
+        "gain": found.gain,
+        "reasons": list(reasons),
+        **found.model_dump(mode="json", exclude_none=True),
+    }
 
 
 def _table(*columns: str) -> Table:

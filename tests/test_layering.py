@@ -26,10 +26,18 @@ ALLOWED = {
     "simulator": set(),
     "runtime": {"keys", "partition", "scheduler"},
     "search": {"catalog", "partition", "planner", "profiler", "runtime"},
+    "judge": {"planner", "scheduler", "simulator"},
+    "compare": {"judge", "planner"},
+    "report": set(),
 }
 BASE = {"spec", "errors", "files"}
-JOINS_ALL = {"cli", "cli_network", "__init__", "demo", "doctor", "factory", "peercheck", "views"}
-NO_TORCH = {"spec", "errors", "files", "catalog", "planner", "scheduler", "simulator"}
+JOINS_ALL = {
+    "cli", "cli_network", "cli_plan", "__init__", "demo", "doctor", "factory", "peercheck", "views",
+}  # fmt: skip
+NO_TORCH = {
+    "spec", "errors", "files", "catalog", "planner", "scheduler", "simulator", "judge", "compare",
+    "report",
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

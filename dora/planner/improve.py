@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from math import inf
 from random import Random
-from typing import TypeVar
+from typing import TypeVar, Union
 
 from dora.planner.chains import shares
 from dora.planner.codecs import CODECS
@@ -22,13 +23,13 @@ from dora.spec import BoundaryCodec
 _STEPS = (-4, -2, -1, 1, 2, 4)
 
 Groups = tuple[Group, ...]
+# A layout, other stages, or another number of micro-batches.
+Move = Union[Layout, tuple[Group, ...], Setting]  # noqa: UP007 (3.10 evaluates it)
 Item = TypeVar("Item")
 
 
-def neighbours(
-    layout: Layout, known: Setting, twin_of: dict[int, int], max_loss: float
-) -> list[Layout]:
-    """Returns the layouts that differ from this one in one respect.
+def changes(layout: Layout, known: Setting, twin_of: dict[int, int], max_loss: float) -> list[Move]:
+    """Returns the changes of a layout in one respect: whole layouts, or other stages.
 
     Args:
         layout: To start from.
@@ -36,36 +37,27 @@ def neighbours(
         twin_of: Of equal devices only one is tried in place of another.
         max_loss: Codecs with a larger error are not tried.
     """
-    found = [*_windows(layout, known), *_shifted_shares(layout)]
-    found += _modes(layout, known)
-    found += _codecs(layout, max_loss)
-    for groups in [*_cuts(layout.groups), *_devices(layout.groups, known, twin_of)]:
-        if all(_can_share(group, known) for group in groups):
-            found += regrouped(layout, groups, known)
-    return list(dict.fromkeys(one for one in found if one != layout))
+    whole = [*_windows(layout, known), *_shifted_shares(layout), *modes(layout, known)]
+    whole += _codecs(layout, max_loss)
+    stages = dict.fromkeys([*_cuts(layout.groups), *_devices(layout.groups, known, twin_of)])
+    return [*dict.fromkeys(whole), *stages]
 
 
-def regrouped(layout: Layout, groups: Groups, known: Setting) -> list[Layout]:
-    """Returns other stages at the depth of `layout`, or at every depth if their number differs."""
+def regrouped(layout: Layout, groups: Groups, known: Setting) -> Layout | None:
+    """Returns a layout with other stages at about the same depth, None if they can not be."""
+    if not all(_can_share(group, known) for group in groups):
+        return None
     counts = shares(groups, known)
     if any(0 in stage for stage in counts):
-        return []
-    modes = tuple((d, name) for d, name in layout.modes if any(d in g.devices for g in groups))
+        return None
+    kept = tuple((d, name) for d, name in layout.modes if any(d in g.devices for g in groups))
     if counts == layout.counts:
-        return [layout._replace(groups=groups, modes=modes)]
+        return layout._replace(groups=groups, modes=kept)
     made = layouts(groups, counts, known)
-    if len(groups) == len(layout.groups):
-        depth = layout.warmup[0]
-        made = [min(made, key=lambda one: abs(one.warmup[0] - depth))]
-        return [one._replace(modes=modes, codecs=layout.codecs) for one in made]
-    return [one._replace(modes=modes) for one in made]
-
-
-def resized(layout: Layout, known: Setting) -> list[Layout]:
-    """Returns the same stages with the number of micro-batches of another setting."""
-    if not all(_can_share(group, known) for group in layout.groups):
-        return []
-    return regrouped(layout, layout.groups, known)
+    wanted = layout.warmup[0] - len(layout.groups) + len(groups)
+    nearest = min(made, key=lambda one: abs(one.warmup[0] - wanted))
+    codecs = layout.codecs if len(groups) == len(layout.groups) else ()
+    return nearest._replace(modes=kept, codecs=codecs)
 
 
 def _can_share(group: Group, known: Setting) -> bool:
@@ -101,10 +93,13 @@ def _shifted_shares(layout: Layout) -> Iterator[Layout]:
                     yield layout._replace(counts=_with(layout.counts, s, tuple(moved)))
 
 
-def _modes(layout: Layout, known: Setting) -> Iterator[Layout]:
+def modes(layout: Layout, known: Setting) -> Iterator[Layout]:
+    """Yields the layouts that differ in the power mode of one device."""
     chosen = dict(layout.modes)
     for d in layout.devices:
         for name in ("default", *(mode.name for mode in known.devices[d].power_modes)):
+            if name == chosen.get(d, "default"):
+                continue
             other = {**chosen, d: name}
             yield layout._replace(
                 modes=tuple(sorted((d, name) for d, name in other.items() if name != "default"))
@@ -213,7 +208,8 @@ def _with(values: Sequence[Item], position: int, value: Item) -> tuple[Item, ...
 def descend(
     start: Layout,
     value_of: Callable[[Layout], float],
-    neighbours_of: Callable[[Layout], list[Layout]],
+    moves_of: Callable[[Layout], list[Move]],
+    apply: Callable[[Layout, Move], Layout | None],
     *,
     seed: int = 0,
 ) -> Layout:
@@ -224,16 +220,20 @@ def descend(
     Args:
         start: With a finite value.
         value_of: What to minimise; -inf ends the descent.
-        neighbours_of: The changes of a layout.
+        moves_of: The changes of a layout.
+        apply: Makes a change; None if it can not be.
         seed: Of the order.
     """
     random, here, value = Random(seed), start, value_of(start)
     while True:
-        options = neighbours_of(here)
-        random.shuffle(options)
-        for option in options:
+        moves = moves_of(here)
+        random.shuffle(moves)
+        for move in moves:
+            option = apply(here, move)
+            if option is None:
+                continue
             found = value_of(option)
-            if found == float("-inf"):
+            if found == -inf:
                 return here
             if found < value * (1 - 1e-9):
                 here, value = option, found

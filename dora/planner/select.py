@@ -63,8 +63,8 @@ def best_single(found: Sequence[Candidate], objective: str) -> Candidate | None:
 def kept(found: Sequence[Candidate], objective: str, single: Candidate | None) -> list[Candidate]:
     """Returns at most `MAX_PLANS` candidates that no other one beats, best first.
 
-    Of a larger front the extremes stay, and between them every n-th. The best single device is
-    added unless it breaks a limit: it is what every plan is compared with.
+    Of a larger front the extremes stay, and those that cover most between them. The best single
+    device is added unless it breaks a limit: it is what every plan is compared with.
     """
     front = pareto([c for c in found if not c.failed], objective)
     extremes = [
@@ -76,12 +76,31 @@ def kept(found: Sequence[Candidate], objective: str, single: Candidate | None) -
         )
     ]
     chosen = [c for c in [*extremes, single] if c is not None and not c.failed]
-    spread = np.linspace(0, len(front) - 1, MAX_PLANS).round().astype(int).tolist()
-    for candidate in [front[i] for i in spread] if front else []:
-        if len({c.layout for c in chosen}) < MAX_PLANS:
-            chosen.append(candidate)
     distinct = {c.layout: c for c in chosen}
+    while front and len(distinct) < min(MAX_PLANS, len(front)):
+        rest = [c for c in front if c.layout not in distinct]
+        covered = [*distinct.values()]
+        best = max(rest, key=lambda c: covered_area([*covered, c], front), default=None)
+        if best is None:
+            break
+        distinct[best.layout] = best
     return sorted(distinct.values(), key=lambda c: c.order(objective))
+
+
+def covered_area(chosen: Iterable[Candidate], front: Iterable[Candidate]) -> float:
+    """Returns the area of time x energy that is worse than some of `chosen`: the hypervolume.
+
+    Up to 1.1 times the worst of `front`, so that its ends count too. See Zitzler and Thiele,
+    Multiobjective evolutionary algorithms, IEEE Transactions on Evolutionary Computation 1999.
+    """
+    points = [(c.value("time"), c.value("energy")) for c in front]
+    worst_s, worst_j = (1.1 * max(values) for values in zip(*points, strict=True))
+    area, least_j = 0.0, worst_j
+    for time_s, energy_j in sorted((c.value("time"), c.value("energy")) for c in chosen):
+        if energy_j < least_j:
+            area += (worst_s - time_s) * (least_j - energy_j)
+            least_j = energy_j
+    return area
 
 
 def pareto(found: Iterable[Candidate], objective: str) -> list[Candidate]:
@@ -131,7 +150,8 @@ def rejections(
                 candidate.layout.groups, known.devices, candidate.layout.num_microbatches
             )
             entries.append((candidate.value("time"), text, _why(candidate, chosen)))
-    for placement, (bound_s, bound_j) in unwalked.items():
+    unknown = dict.fromkeys(unfit, (float("inf"), float("inf")))
+    for placement, (bound_s, bound_j) in {**unknown, **unwalked}.items():
         if placement not in done:
             text = " | ".join("+".join(known.devices[d].name for d in g) for g in placement)
             reason = unfit.get(placement) or _why_unwalked(placement, bound_s, bound_j, known)

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_matrix
 
 from dora.simulator import StepCosts
 from dora.spec import Action, Cluster, Plan, Schedule
@@ -88,9 +86,7 @@ def graph(plan: Plan, schedule: Schedule, costs: StepCosts, cluster: Cluster) ->
             nodes.append(_node(action, before, rank_of[action], plan, costs, cluster))
     ends = _last_computes(schedule, index)
     for ranks, num_bytes in costs.reductions:
-        nodes.append(_reduction(ranks, num_bytes, ends, plan, cluster))
-        for rank in ranks:
-            ends[rank] = len(nodes) - 1
+        _add_ring(nodes, ranks, num_bytes, ends, plan, cluster)
     return nodes
 
 
@@ -154,22 +150,28 @@ def _last_computes(schedule: Schedule, index: dict[Action, int]) -> dict[int, in
     }
 
 
-def _reduction(
-    ranks: tuple[int, ...], num_bytes: float, ends: dict[int, int], plan: Plan, cluster: Cluster
-) -> Node:
-    """Returns a ring all-reduce as one node: its rounds one after the other."""
+def _add_ring(
+    nodes: list[Node],
+    ranks: tuple[int, ...],
+    num_bytes: float,
+    ends: dict[int, int],
+    plan: Plan,
+    cluster: Cluster,
+) -> None:
+    """Adds a ring all-reduce: each rank sends on what it received in the round before.
+
+    The first round leaves a rank that is done early before the others are.
+    """
     k = len(ranks)
-    rounds = 2 * (k - 1)
-    hops = [
-        _crossing(a, ranks[(i + 1) % k], num_bytes / k, (), plan, cluster)
-        for i, a in enumerate(ranks)
-    ]
-    uses: dict[str, float] = defaultdict(float)
-    for _, _, hop in hops:
-        for name, seconds in hop:
-            uses[name] += rounds * seconds
-    slowest_s = max([rounds * hop[0] for hop in hops] + list(uses.values()))
-    return Node(slowest_s, tuple(ends[rank] for rank in ranks if rank in ends), tuple(uses.items()))
+    before = [(ends[rank],) if rank in ends else () for rank in ranks]
+    for _ in range(2 * (k - 1)):
+        first = len(nodes)
+        for i, rank in enumerate(ranks):
+            crossing = rank, ranks[(i + 1) % k], num_bytes / k
+            nodes.append(Node(*_crossing(*crossing, before[i], plan, cluster)))
+        before = [(first + (i - 1) % k,) for i in range(k)]
+    for rank, received in zip(ranks, before, strict=True):
+        ends.update((rank, node) for node in received)
 
 
 def _reversed(nodes: Sequence[Node]) -> list[Node]:
@@ -284,6 +286,10 @@ def _solve(
     end: int,
     bounds: Sequence[tuple[float, float | None]],
 ) -> float:
+    # Loading it takes longer than most plans do.
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_matrix
+
     entries = [(r, v, -c) for r, (row, _) in enumerate(rows) for v, c in row.items()]
     r, v, c = zip(*entries, strict=True) if entries else ((), (), ())
     matrix = coo_matrix((c, (r, v)), shape=(len(rows), end + 1)).tocsr()

@@ -10,9 +10,7 @@ from dora.spec import Action, Plan
 _WORK = {"F": 1.0, "B": 2.0}
 
 
-def deadlines(
-    actions_by_rank: Sequence[Sequence[Action]], plan: Plan
-) -> Mapping[Action, float]:
+def deadlines(actions_by_rank: Sequence[Sequence[Action]], plan: Plan) -> Mapping[Action, float]:
     """Returns what to sort the messages of a step by, earliest first.
 
     What the network scheduler decided, if the plan carries that for all of these messages; another
