@@ -9,7 +9,7 @@ energy, so the column **over single** compares with the one device that is best 
 which a user could find by trying each. A cell is *worse* if either beats Dora.
 
 **Ablations** (`--ablation`): what Dora's plan would take without one of its parts, over what it
-takes. "No exclusion" and "fixed order" descend in steps of Dora's own improvement (`neighbours`)
+takes. "No exclusion" and "fixed order" descend in steps of Dora's own improvement (`changes`)
 from the plans of all planners, Dora's among them, through plans that use all devices, or have
 them in rank order; they do not enumerate chains. "No network scheduler" is Dora's plan on a network
 that shares fairly, not a plan made for one.
@@ -33,10 +33,18 @@ from dora.compare import Comparison, compare, reasons
 from dora.judge import Case, Entry, case_of, judge
 from dora.planner import search
 from dora.planner.chains import twins
-from dora.planner.improve import descend, neighbours, resized
+from dora.planner.improve import Move, changes, descend, regrouped
 from dora.planner.layouts import layout_of, to_plan
 from dora.planner.limits import broken
-from dora.planner.predict import Layout, Prediction, as_step, evaluate, is_linked, memory_share
+from dora.planner.predict import (
+    Layout,
+    Prediction,
+    Setting,
+    as_step,
+    evaluate,
+    is_linked,
+    memory_share,
+)
 from dora.planner.search import microbatch_choices
 from dora.spec import Cluster, Link, Medium, ModelProfile, Plan, QoE, Workload
 
@@ -45,6 +53,8 @@ CONTENDED = ("smart-home-1", "smart-home-2", "traffic", "campus")
 QUICK = ("smart-home-1", "smart-home-2", "traffic")
 # Cells that --quick takes of each scenario: the small models.
 QUICK_CELLS = 8
+# Without the contention model campus has 6000 media, and its search alone takes minutes a cell.
+NOT_ABLATED = ("campus",)
 # Layouts that each descent of an ablation may play.
 MAX_PLAYS = 2000
 
@@ -256,6 +266,21 @@ def restricted(
     choices = [case.setting_of(m) for m in microbatch_choices(case.workload)]
     twin_of = twins(choices[0])
     seen: dict[Layout, tuple[float, Prediction | None]] = {}
+
+    def moves_of(layout: Layout) -> list[Move]:
+        known = case.setting_of(layout.num_microbatches)
+        others = [k for k in choices if k is not known]
+        return [*changes(layout, known, twin_of, case.qoe.max_accuracy_loss), *others]
+
+    def apply(layout: Layout, move: Move) -> Layout | None:
+        if isinstance(move, Setting):
+            found = regrouped(layout, layout.groups, move)
+        elif isinstance(move, Layout):
+            found = move
+        else:
+            found = regrouped(layout, move, case.setting_of(layout.num_microbatches))
+        return found if found is not None and allowed(found) else None
+
     for plan in starts:
         start = layout_of(plan, case.setting_of(plan.num_microbatches))
         if not allowed(start):
@@ -267,13 +292,7 @@ def restricted(
                 return -math.inf
             return rank(layout, case, seen)
 
-        def neighbours_of(layout: Layout) -> list[Layout]:
-            known = case.setting_of(layout.num_microbatches)
-            near = neighbours(layout, known, twin_of, case.qoe.max_accuracy_loss)
-            others = [one for k in choices if k is not known for one in resized(layout, k)]
-            return [one for one in near + others if allowed(one)]
-
-        descend(start, value_of, neighbours_of)
+        descend(start, value_of, moves_of, apply)
     best = min(seen, key=lambda layout: seen[layout][0], default=None)
     if best is None or seen[best][1] is None:
         return None
@@ -350,7 +369,7 @@ def main() -> int:
         found[cell] = one
         show(cell, one, table)
         rows += rows_of(cell, one)
-        if options.ablation and one.dora.can_run:
+        if options.ablation and one.dora.can_run and cell.scenario not in NOT_ABLATED:
             for name, entry in ablate(cell, one).items():
                 costs.setdefault(name, []).append((cell, one, entry))
                 if entry is not None:

@@ -197,7 +197,9 @@ def plan_once(num_devices: int, num_blocks: int, kind: str) -> Speed:
     """Plans a campus on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     one = campus(num_devices, num_blocks)
-    workload = one.workload.model_copy(update={"kind": kind})
+    # Without a source every device would have the inputs, and replicas of all nothing to send.
+    source = "d0" if kind == "infer" else None
+    workload = one.workload.model_copy(update={"kind": kind, "source": source})
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     found = search(one.profile, one.cluster, workload)
     cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s

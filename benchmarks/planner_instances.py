@@ -89,7 +89,7 @@ def small(seed: int) -> Instance:
     if is_tight:
         machines = tighten(rng, machines, profile, batch, is_training=kind == "train")
     devices = [Device(name=f"d{i}", **machine.fields) for i, machine in enumerate(machines)]
-    source = rng.choice(devices).name if kind == "infer" and rng.random() < 0.3 else None
+    source = rng.choice(devices).name if kind == "infer" and rng.random() < 0.6 else None
     slack = rng.choice([1.05, 1.3, 2.0]) if rng.random() < 0.3 else None
     marks = ["tight"] * is_tight + ["modes"] * has_modes + ["source"] * (source is not None)
     marks += [f"slack {slack}"] if slack else []
@@ -344,9 +344,10 @@ def campus(num_devices: int, num_blocks: int, seed: int = 0) -> Instance:
     profile = draw_profile(
         rng, machines, num_blocks, rate=WIFI_BYTES_PER_S / 2, ratio=1.0, batch=64
     )
-    need = 4 * sum(b.param_bytes for b in profile.blocks)
+    kept = sum(b.costs[-1].activation_bytes for b in profile.blocks)
+    need = 4 * sum(b.param_bytes for b in profile.blocks) + kept
     devices = [
-        # A device holds a third of the model at most.
+        # None can train the model alone.
         Device(name=f"d{i}", **{**machine.fields, "memory_bytes": need // 3})
         for i, machine in enumerate(machines)
     ]

@@ -34,7 +34,9 @@ struct Bucket {
 // What the blocks from one to another cost as a stage on a group.
 struct Stage {
   std::vector<int> counts;
-  double all_s, one_s, one_forward_s, waiting_s, reduced_s, work_j;
+  // Of one micro-batch on the fastest replica: there and back, and both ends on different ones.
+  double one_s, ends_s, one_forward_s;
+  double all_s, waiting_s, reduced_s, work_j;
   std::array<double, kMaxMedia> load_s{};
 };
 
@@ -152,35 +154,37 @@ class Search {
     std::vector<double> times_s;
     for (int d : group)
       times_s.push_back(prefix(p_.forward_s, d, first, end) + prefix(p_.backward_s, d, first, end));
-    Stage stage{shareMicrobatches(times_s, p_.num_microbatches), 0, kNever, kNever, 0, 0, 0, {}};
+    Stage stage;
+    stage.counts = shareMicrobatches(times_s, p_.num_microbatches);
+    stage.one_s = stage.one_forward_s = kNever;
+    stage.all_s = stage.waiting_s = stage.reduced_s = stage.work_j = 0;
+    double one_backward_s = kNever;
     for (std::size_t r = 0; r < group.size(); r++) {
       // A replica without any micro-batch belongs to another, smaller group.
-      if (stage.counts[r] == 0) return Stage{{}, 0, 0, 0, 0, 0, 0, {}};
+      if (stage.counts[r] == 0) return {};
       double f = prefix(p_.forward_s, group[r], first, end), b = times_s[r] - f;
       int n = stage.counts[r];
       stage.all_s = std::max(stage.all_s, n * times_s[r]);
       stage.one_s = std::min(stage.one_s, times_s[r]);
       stage.one_forward_s = std::min(stage.one_forward_s, f);
+      one_backward_s = std::min(one_backward_s, b);
       stage.waiting_s = std::max({stage.waiting_s, n * f + b, f + n * b});
       stage.work_j += n * times_s[r] * p_.extra_w[group[r]];
+      stage.reduced_s = std::max(stage.reduced_s, n * times_s[r] + reduce(stage, group, r, first, end));
     }
-    stage.reduced_s = stage.all_s + reduce(stage, group, first, end);
+    stage.ends_s = stage.one_forward_s + one_backward_s;
     return stage;
   }
 
-  // Adds the load of a ring all-reduce and returns its time on links of its own.
-  double reduce(Stage& stage, const std::vector<int>& group, int first, int end) const {
-    std::size_t k = group.size();
-    double bytes = k > 1 ? span(p_.gradient_bytes, first, end) : 0;
+  // Adds what a replica of a ring all-reduce loads the media with, and returns how long its own link
+  // carries that, which can not start before its own last backward.
+  double reduce(Stage& stage, const std::vector<int>& group, std::size_t r, int first, int end) const {
+    std::size_t k = group.size(), hop = pair(group[r], group[(r + 1) % k]);
+    double bytes = k > 1 ? 2.0 * (k - 1) / k * span(p_.gradient_bytes, first, end) : 0;
     if (bytes <= 0) return 0;
-    double slowest_s = 0;
-    for (std::size_t r = 0; r < k; r++) {
-      std::size_t hop = pair(group[r], group[(r + 1) % k]);
-      slowest_s = std::max(slowest_s, bytes / k * p_.s_per_byte[hop] + p_.latency_s[hop]);
-      for (std::size_t m = 0; m < p_.medium_s_per_byte.size(); m++)
-        stage.load_s[m] += 2 * (k - 1) * bytes / k * p_.medium_s_per_byte[m][hop];
-    }
-    return 2 * (k - 1) * slowest_s;
+    for (std::size_t m = 0; m < p_.medium_s_per_byte.size(); m++)
+      stage.load_s[m] += bytes * p_.medium_s_per_byte[m][hop];
+    return bytes * p_.s_per_byte[hop] + p_.latency_s[hop];
   }
 
   Hop hopBetween(std::size_t g, std::size_t h, int block) const {
@@ -224,7 +228,7 @@ class Search {
     const Label& rest = pool_[l];
     double after_s = hop.round_s + rest.pass_s;
     double behind_s = rest.group < 0 ? 0 : hop.round_s + std::max(rest.v_s, rest.pass_s + hop.occupied_s);
-    double v_s = std::max({stage.all_s, stage.waiting_s + after_s, stage.one_s + behind_s});
+    double v_s = std::max({stage.all_s, stage.waiting_s + after_s, stage.ends_s + behind_s});
     // Most end here: the rest of the bound would only raise it.
     Bucket& bucket = buckets_[first];
     if (!p_.by_energy && v_s + before_s_[first] >= bucket.limit)
@@ -273,7 +277,7 @@ class Search {
     double least_s = std::max(label.v_s, label.reduced_s) + before_s_[first] + input_s;
     // A medium that is never idle still waits for the first stage's first forward, and the first
     // stage for its last backward.
-    double ends_s = first == 0 && input_load == 0 ? stage.one_s : before_s_[first];
+    double ends_s = first == 0 && input_load == 0 ? stage.ends_s : before_s_[first];
     for (std::size_t m = 0; m < p_.medium_s_per_byte.size(); m++)
       if (label.load_s[m] > 0) least_s = std::max(least_s, label.load_s[m] + ends_s);
     if (first > 0) {

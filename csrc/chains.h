@@ -5,9 +5,9 @@
 // With n micro-batches on a replica that takes f + b = t for each, a hop c there and back, and D of
 // one micro-batch through what follows:
 //
-//   V = max( n t,  n f + b + D,  f + n b + D,  t + c + max(V', D' + (n' - 1) w) )
+//   V = max( n t,  n f + b + D,  f + n b + D,  f' + b' + c + max(V', D' + (n' - 1) w) )
 //
-// where w is how long a link is busy with one message. No schedule is faster, whatever its window.
+// where w is how long a link is busy with one message, and f' and b' are of the fastest replicas. No schedule is faster, whatever its window.
 // What all pipelines share is added: a medium is busy with all bytes that cross it, and blocks that
 // are not placed yet take their share of the devices that are left. Compare PipeDream (SOSP 2019)
 // and Asteroid (MobiCom 2024), whose recurrences keep the bottleneck only and know no shared medium.

@@ -9,19 +9,13 @@ namespace {
 // Of a medium's rate; what is left of it by rounding carries nothing.
 constexpr double kNothing = 1e-9;
 
-struct Load {
-  double used = 0;
-  double weight = 0;  // of the flows whose rate is still open
-  std::size_t num_flows = 0;
-};
-
 double roomFor(const FluidMedium& medium, const Load& load, const Crossing& crossing) {
   double room = medium.capacity(load.num_flows + 1) - load.used;
   return room > kNothing * medium.rate_bytes_per_s ? room / crossing.times : 0;
 }
 
-void serveInOrder(const std::vector<FluidMedium>& media, const std::vector<Flow*>& flows) {
-  std::vector<Load> loads(media.size());
+void serveInOrder(const std::vector<FluidMedium>& media, const std::vector<Flow*>& flows,
+                  std::vector<Load>& loads) {
   for (Flow* flow : flows) {
     double rate = flow->limit_bytes_per_s;
     for (const Crossing& c : *flow->path) rate = std::min(rate, roomFor(media[c.medium], loads[c.medium], c));
@@ -36,8 +30,8 @@ void serveInOrder(const std::vector<FluidMedium>& media, const std::vector<Flow*
 
 // Raises the rates of all open flows together until a medium is full or a flow at its limit, closes
 // those, and goes on with the rest. See Bertsekas and Gallager, Data Networks, 1992, section 6.5.
-void fillEvenly(const std::vector<FluidMedium>& media, const std::vector<Flow*>& flows) {
-  std::vector<Load> loads(media.size());
+void fillEvenly(const std::vector<FluidMedium>& media, const std::vector<Flow*>& flows,
+                std::vector<Load>& loads) {
   for (const Flow* flow : flows)
     for (const Crossing& c : *flow->path) {
       loads[c.medium].weight += flow->weight * c.times;
@@ -83,11 +77,19 @@ double FluidMedium::capacity(std::size_t num_flows) const {
 }
 
 void shareMedia(const std::vector<FluidMedium>& media, Discipline discipline,
-                const std::vector<Flow*>& flows) {
+                const std::vector<Flow*>& flows, std::vector<Load>& loads) {
+  for (const Flow* flow : flows)
+    for (const Crossing& c : *flow->path) loads[c.medium] = {};
   if (discipline == Discipline::kPriority)
-    serveInOrder(media, flows);
+    serveInOrder(media, flows, loads);
   else
-    fillEvenly(media, flows);
+    fillEvenly(media, flows, loads);
+}
+
+void shareMedia(const std::vector<FluidMedium>& media, Discipline discipline,
+                const std::vector<Flow*>& flows) {
+  std::vector<Load> loads(media.size());
+  shareMedia(media, discipline, flows, loads);
 }
 
 }  // namespace dora::sim

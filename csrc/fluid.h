@@ -36,8 +36,20 @@ enum class Discipline {
   kPriority,  // the first takes what it can, the next what is left: what the arbiters enforce
 };
 
+// What flows put on a medium while their rates are found.
+struct Load {
+  double used = 0;
+  double weight = 0;  // of the flows whose rate is still open
+  std::size_t num_flows = 0;
+};
+
 // Sets the rate of every flow; `flows` are sorted by descending priority under kPriority.
 void shareMedia(const std::vector<FluidMedium>& media, Discipline discipline,
                 const std::vector<Flow*>& flows);
+
+// The same with `loads`, one per medium, to work on: only those that flows cross are touched, so
+// that a few flows among thousands of media cost no more than among a few.
+void shareMedia(const std::vector<FluidMedium>& media, Discipline discipline,
+                const std::vector<Flow*>& flows, std::vector<Load>& loads);
 
 }  // namespace dora::sim

@@ -17,6 +17,8 @@ class Player {
   explicit Player(const Program& program)
       : program_(program),
         media_(program.media),
+        loads_(program.media.size()),
+        is_carrying_(program.media.size()),
         now_s_(program.start_s),
         shared_s_(program.start_s),
         at_(program.ranks.size()),
@@ -214,7 +216,7 @@ class Player {
   // Gives all flows new rates.
   void share() {
     advance();
-    shareMedia(media_, program_.discipline, active_);
+    shareMedia(media_, program_.discipline, active_, loads_);
     next_done_s_ = kNever;
     for (Flow* flow : active_) {
       State& state = state_[indexOf(flow)];
@@ -228,13 +230,16 @@ class Player {
     is_dirty_ = false;
   }
 
+  // Only the media that flows cross: there may be thousands of others.
   void countMedia(double passed_s) {
-    is_carrying_.assign(media_.size(), false);
     for (const Flow* flow : active_)
       if (flow->rate_bytes_per_s > 0)
         for (const Crossing& crossing : *flow->path) is_carrying_[crossing.medium] = true;
-    for (std::size_t m = 0; m < media_.size(); m++)
-      if (is_carrying_[m]) played_.medium_busy_s[m] += passed_s;
+    for (const Flow* flow : active_)
+      for (const Crossing& crossing : *flow->path) {
+        if (is_carrying_[crossing.medium]) played_.medium_busy_s[crossing.medium] += passed_s;
+        is_carrying_[crossing.medium] = false;
+      }
   }
 
   void finishFlows() {
@@ -291,6 +296,8 @@ class Player {
 
   const Program& program_;
   std::vector<FluidMedium> media_;  // as the changes so far have left them
+  std::vector<Load> loads_;         // for shareMedia
+  std::vector<bool> is_carrying_;   // all false but in countMedia
   double now_s_;
   double shared_s_;  // when the rates were last valid from
   double next_done_s_ = kNever;
@@ -305,7 +312,6 @@ class Player {
   std::vector<State> state_;
   std::vector<Flow> flows_;  // per transfer; those under way are in active_
   std::vector<Flow*> active_;
-  std::vector<bool> is_carrying_;
   std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events_;
   Played played_;
 };

@@ -1,4 +1,4 @@
-"""The command `dora`; with `cli_network` the only reader of the environment.
+"""The command `dora`; with `cli_network` the only reader of the environment. `cli_plan` has plans.
 
 Whatever the user can repair is one line on stderr and exit code 2. Exit code 1 says that the
 answer is no: nothing meets the QoE, the machine can not run Dora, the demo failed.
@@ -202,6 +202,8 @@ def _show_plan(given: Plan) -> None:
     out.print(views.plan_table([given], None, "time"))
     if given.cost is None:
         out.print(f"{views.describe(given)}, not priced")
+    for line in views.plan_lines(given):
+        out.print(line)
     training = given.schedule_kind != "wavefront"
     out.print(format_grid(build_schedule(given, training=training)))
 

@@ -168,6 +168,8 @@ def simulate_command(
         # A plan may be edited by hand: a power mode or a link that the cluster does not have.
         raise SpecError(f"{plan_file}: {error}") from None
     _show_steps(timelines, plan, cluster, as_json)
+    if kind == "generate" and not as_json:
+        out.print("This is the prompt; each token after it is one more pass.")
     if trace_out is not None:
         trace_out.write_text(to_trace(timelines[0], plan.devices), encoding="utf-8")
         err.print(f"Written: {trace_out}; open it in ui.perfetto.dev", soft_wrap=True)

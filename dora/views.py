@@ -100,6 +100,22 @@ def plan_table(plans: Sequence[Plan], single: Plan | None, what: str) -> Table:
     return table
 
 
+def plan_lines(plan: Plan) -> list[str]:
+    """Returns what a row of `plan_table` has no room for."""
+    cost, lines = plan.cost, []
+    if cost is not None and cost.ttft_s and cost.tpot_s:
+        lines.append(f"First token {seconds(cost.ttft_s)}, then {seconds(cost.tpot_s)} each.")
+    if cost is not None and cost.interval_s:
+        lines.append(f"Sustains one every {seconds(cost.interval_s)}.")
+    used = {replica.device for stage in plan.stages for replica in stage.replicas}
+    unused = [name for name in plan.devices if name not in used]
+    if unused:
+        lines.append(f"Leaves out {', '.join(unused)}.")
+    if plan.transfers:
+        lines.append(f"Orders {len(plan.transfers)} transfers on the network.")
+    return lines
+
+
 def single_line(single: Plan | None) -> str:
     """Returns what the best single device would take."""
     if single is None or single.cost is None:
@@ -301,7 +317,9 @@ def comparison_table(title: str, found: Comparison) -> Table:
 def comparison_lines(found: Comparison, reasons: Sequence[str]) -> list[str]:
     """Returns what a table of planners does not say."""
     lines = [f"Note: {found.note}."] if found.note else []
-    if not found.dora.meets_qoe:
+    if not found.dora.can_run:
+        lines.append("Dora finds nothing that can run.")
+    elif not found.dora.meets_qoe:
         lines.append("QoE unreachable: Dora's nearest plan is compared.")
     best, gain = found.best_rival, found.gain
     if best is not None and gain is not None:

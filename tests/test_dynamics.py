@@ -74,7 +74,7 @@ def test_at_returns_the_latest_factors():
     assert trace.at(2) == {"wifi": 1.0, "phone": 0.25}
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.1, 1), st.floats(0, 0.9), st.integers(0, 5))
 def test_wandering_has_the_statistics_that_were_asked_for(cv, correlation, seed):
     trace = wandering("wifi", duration_s=4000, cv=cv, correlation=correlation, seed=seed)

@@ -42,6 +42,8 @@ from dora.spec import (
     warmup_for,
 )
 
+few = settings(max_examples=50, deadline=None)  # the speed of this machine decides nothing
+
 # ------------------------------------------------------------ messages
 
 
@@ -164,11 +166,11 @@ def test_ring_all_reduce_takes_two_rounds_per_peer(k):
     channel = shared.add_medium(10.0, [1.0])
     for i in range(k):
         private.connect(i, (i + 1) % k, [private.add_medium(10.0, [1.0])], 0.5)
-        shared.connect(i, (i + 1) % k, [channel], 0.5)
+        shared.connect(i, (i + 1) % k, [channel], 0.0)
     rounds = 2 * (k - 1)
     alone, contended = (exchange(network, range(k), 60.0) for network in (private, shared))
     assert alone.end_s == pytest.approx(rounds * (60 / k / 10 + 0.5))
-    assert contended.end_s == pytest.approx(rounds * (60 / 10 + 0.5))
+    assert contended.end_s == pytest.approx(rounds * 60 / 10)
     assert alone.sent_bytes == alone.received_bytes == pytest.approx([rounds * 60 / k] * k)
 
 
@@ -216,7 +218,7 @@ def test_change_of_something_unknown_fails():
 jobs = st.tuples(st.integers(0, 12), st.integers(1, 9), st.integers(0, 25))
 
 
-@settings(max_examples=60)
+@few
 @given(st.lists(jobs, min_size=1, max_size=5))
 def test_largest_tail_first_is_optimal_on_one_medium(given_jobs):
     """Jackson's preemptive rule, against all orders."""
@@ -317,16 +319,19 @@ def longest_tails(case: Case) -> list[float]:
 disciplines = st.sampled_from(["fair", "priority"])
 
 
+@few
 @given(cases())
 def test_tails_are_longest_paths(case):
     assert build(case, "fair").tails() == pytest.approx(longest_tails(case), abs=1e-9)
 
 
+@few
 @given(cases(max_bytes=0.0), disciplines)
 def test_without_bytes_the_critical_path_is_all(case, discipline):
     assert build(case, discipline).play().end_s == pytest.approx(earliest_s(case), abs=1e-9)
 
 
+@few
 @given(cases(), disciplines)
 def test_end_respects_every_lower_bound(case, discipline):
     played = build(case, discipline).play()
@@ -340,6 +345,7 @@ def test_end_respects_every_lower_bound(case, discipline):
     assert played.medium_busy_s == pytest.approx(loads, abs=1e-6)
 
 
+@few
 @given(cases(), disciplines)
 def test_bytes_and_seconds_are_conserved(case, discipline):
     played = build(case, discipline).play()
@@ -355,6 +361,7 @@ def test_bytes_and_seconds_are_conserved(case, discipline):
         assert end_s - start_s >= alone_s(case, message) - 1e-9
 
 
+@few
 @given(cases(), disciplines)
 def test_same_program_same_play(case, discipline):
     one, other = (build(case, discipline).play() for _ in range(2))
@@ -364,6 +371,7 @@ def test_same_program_same_play(case, discipline):
     ]
 
 
+@few
 @given(cases(), disciplines, st.sampled_from([0.5, 4.0]))
 def test_all_faster_ends_earlier_in_proportion(case, discipline, speed):
     # Powers of two scale without rounding, so that no tie is decided in another way.
@@ -466,16 +474,17 @@ def test_uniform_gpipe_with_communication(network, send_s, num_stages, m):
 
 
 @pytest.mark.parametrize("send_s", [0.5, 1.0])
-@pytest.mark.parametrize(("num_stages", "rounds"), [(2, 1), (2, 3), (4, 2), (3, 4)])
+@pytest.mark.parametrize(("num_stages", "rounds"), [(2, 0), (2, 3), (3, 4), (4, 2)])
 def test_uniform_1f1b_with_communication(send_s, num_stages, rounds):
-    """A window of p micro-batches on p stages shows 2 (p - 1) c in each round of p.
+    """(r + 1) (p (f + b) + 2 (p - 1) c) for m = r p + 1 micro-batches.
 
-    The first stage sends forward m + p only after backward m has returned: p (f + b) of compute
-    and 2 (p - 1) messages lie between.
+    With windows p, p - 1, ..., 1 the first stage starts a forward once the backward of p
+    micro-batches before has returned: the last one has to wait for r such round trips, one after
+    the other, and takes another one.
     """
-    m = rounds * num_stages
-    expected = (m + num_stages - 1) * 5 + rounds * 2 * (num_stages - 1) * send_s
-    assert chain_s(num_stages, m, "1f1b", send_s=send_s) == pytest.approx(expected)
+    round_trip_s = num_stages * 5 + 2 * (num_stages - 1) * send_s
+    found = chain_s(num_stages, rounds * num_stages + 1, "1f1b", send_s=send_s)
+    assert found == pytest.approx((rounds + 1) * round_trip_s)
 
 
 @pytest.mark.parametrize("send_s", [0.5, 1.0, 2.0])
@@ -527,6 +536,7 @@ def test_first_stage_at_the_source_receives_nothing():
 
 def test_start_moves_everything():
     wish = Transfer(src=0, dst=1, num_bytes=1000, action=Action(0, "SEND_F", 0), not_before_s=4.0)
+    wish = wish.model_copy(update={"priority": 100.0})
     timeline = inference(transfers=(wish,))
     assert ends(timeline)["0SEND_F0"] == pytest.approx(5)
     later = inference(transfers=(wish,), start_s=100.0)
@@ -559,7 +569,7 @@ def test_schedule_decides_priority_and_pace():
         assert found[f"0SEND_F{1 - urgent}"] == pytest.approx(3)
     fair = ends(simulate(plan, schedule, costs, cluster, discipline="fair"))
     assert fair["0SEND_F0"] == fair["0SEND_F1"] == pytest.approx(1 + 2 / 0.9)
-    paced = transfers[1].model_copy(update={"pace_bytes_per_s": 100.0})
+    paced = transfers[1].model_copy(update={"pace_bytes_per_s": 100.0, "priority": 9.0})
     found = ends(
         simulate(plan, schedule.model_copy(update={"transfers": (paced,)}), costs, cluster)
     )
@@ -715,7 +725,7 @@ def priced_plans(draw: st.DrawFn) -> Priced:
     return Priced(plan, layout, known, costs, cluster, prediction)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(priced_plans())
 def test_planner_and_simulator_agree(case):
     """They walk the same lists: one builds them in C++, the other from the runtime's schedule."""
@@ -731,7 +741,7 @@ def test_planner_and_simulator_agree(case):
     assert peaks == {f"d{d}": int(peak) for d, peak in expected_peaks}
 
 
-@settings(max_examples=60, deadline=None)
+@few
 @given(priced_plans())
 def test_timeline_is_feasible(case):
     timeline = case.timeline
@@ -755,7 +765,7 @@ def test_timeline_is_feasible(case):
             assert span.end_s <= computes[Action(0, "F", int(span.label.split()[1]))].start_s
 
 
-@settings(max_examples=60, deadline=None)
+@few
 @given(priced_plans())
 def test_step_respects_every_lower_bound(case):
     timeline = case.timeline
@@ -775,7 +785,7 @@ def test_step_respects_every_lower_bound(case):
     assert max(loads.values()) <= timeline.makespan_s * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@few
 @given(priced_plans())
 def test_memory_over_time_peaks_where_the_plan_says(case):
     timeline = case.timeline
@@ -788,7 +798,7 @@ def test_memory_over_time_peaks_where_the_plan_says(case):
             assert row[-1][1] == pytest.approx(row[0][1])
 
 
-@settings(max_examples=30, deadline=None)
+@few
 @given(priced_plans())
 def test_simulation_is_repeatable(case):
     assert case.timeline == case.timeline

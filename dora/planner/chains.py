@@ -49,8 +49,6 @@ class Chains:
         self.ratio = min(
             wire_ratio(n, known.dtype) for n, c in CODECS.items() if c.error <= max_loss
         )
-        # The tokens of a sequence come one by one: the whole request is one pass for the bounds.
-        self.num_microbatches = 1 if known.decode else known.num_microbatches
         self.costs = _whole_request(known, known.decode) if known.decode else known.costs
         self.twins = twins(known)
         self.groups = list(_groups(known, self.twins))
@@ -75,7 +73,7 @@ class Chains:
 
     def least(self, objective: str) -> float:
         """Returns what no chain of any groups can beat, from the work alone."""
-        problem, m = self.problem, self.num_microbatches
+        problem, m = self.problem, self.known.num_microbatches
         block_s = np.diff(problem["forward_s"] + problem["backward_s"], axis=1)
         if objective == "energy":
             return float(m * (block_s * problem["extra_w"][:, None]).min(axis=0).sum())
@@ -99,7 +97,7 @@ class Chains:
         fastest = np.array([max([1.0, *(m.speed_factor for m in d.power_modes)]) for d in devices])
         fastest = fastest[:, None]
         return {
-            "num_microbatches": self.num_microbatches,
+            "num_microbatches": known.num_microbatches,
             "is_training": known.training,
             "forward_s": costs.forward_s[:, 0, :] / fastest,
             "backward_s": costs.backward_s[:, 0, :] / fastest,
@@ -119,7 +117,7 @@ class Chains:
             "s_per_byte": np.where(np.isfinite(known.links.s_per_byte), known.links.s_per_byte, 0),
             "latency_s": known.links.latency_s,
             "medium_s_per_byte": shared_media(cluster, devices),
-            "hops": float(1 + known.new_tokens),
+            "hops": 1 + _further_passes(known),
             "source": -1 if known.source is None else known.source,
             "groups": self.groups,
             "twins": [self.twins[d] for d in range(len(devices))],
@@ -146,12 +144,21 @@ def shares(groups: Sequence[Group], known: Setting) -> tuple[tuple[int, ...], ..
 
 
 def _whole_request(known: Setting, decode: StageCosts) -> StageCosts:
-    """Returns the costs of prompt and all further tokens as those of one pass."""
-    m, n = known.num_microbatches, known.new_tokens
+    """Returns the costs of the prompt with those of all further tokens, per piece of the prompt.
+
+    The pieces are a pipeline, the further tokens go through it one by one, and every bound of the
+    pipeline holds for such a share of them too.
+    """
+    share = _further_passes(known)
     return known.costs._replace(
-        forward_s=known.costs.forward_s * m + decode.forward_s * n,
-        boundary_bytes=known.costs.boundary_bytes * m + decode.boundary_bytes * n,
+        forward_s=known.costs.forward_s + decode.forward_s * share,
+        boundary_bytes=known.costs.boundary_bytes + decode.boundary_bytes * share,
     )
+
+
+def _further_passes(known: Setting) -> float:
+    """Returns the passes after the prompt, which gives the first token, per piece of the prompt."""
+    return max(known.new_tokens - 1, 0) / known.num_microbatches
 
 
 def shared_media(cluster: Cluster, devices: Sequence[Device]) -> list[Array]:

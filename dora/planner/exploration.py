@@ -10,7 +10,7 @@ from math import inf, isfinite, log2
 
 from dora.planner.chains import Chain, Chains, twins
 from dora.planner.codecs import CODECS
-from dora.planner.improve import Move, changes, descend, modes, regrouped
+from dora.planner.improve import Move, all_modes, changes, descend, regrouped
 from dora.planner.layouts import layouts
 from dora.planner.limits import Limit, broken
 from dora.planner.predict import (
@@ -165,9 +165,7 @@ class Exploration:
         return sorted(chains, key=lambda c: c.bound(objective)), dropped
 
     def _spaces(self) -> list[Chains]:
-        # A sequence is one pass for the bounds, however its prompt is cut.
-        settings = self.settings[:1] if self.settings[0].decode else self.settings
-        return [Chains(known, self.cluster, self.max_loss) for known in settings]
+        return [Chains(known, self.cluster, self.max_loss) for known in self.settings]
 
     def _cutoffs(self, objective: str) -> tuple[float, float]:
         """Returns what the bounds of a chain must be below to be of use."""
@@ -188,16 +186,15 @@ class Exploration:
 
     def walk(self, chain: Chain, objective: str) -> None:
         """Plays a chain at one depth, and if it is near the best at others and in other modes."""
-        for known in self.settings if chain.known.decode else (chain.known,):
-            made = self._variants(chain, known)
-            first = self.play(made[min(1, len(made) - 1)], known)
-            if first and first.value(objective) > DEPTH_FACTOR * self.best[objective]:
-                made = [first.layout]
-            played = [self.play(layout, known) for layout in made]
-            self._tune(min(played, key=lambda c: self._rank(c, objective)), objective)
+        made = self._variants(chain)
+        first = self.play(made[min(1, len(made) - 1)], chain.known)
+        if first and first.value(objective) > DEPTH_FACTOR * self.best[objective]:
+            made = [first.layout]
+        played = [self.play(layout, chain.known) for layout in made]
+        self._tune(min(played, key=lambda c: self._rank(c, objective)), objective)
 
     def _tune(self, start: Candidate | None, objective: str, weight: float | None = None) -> None:
-        """Changes one power mode after the other while that helps."""
+        """Changes power modes while that helps."""
 
         def rank(candidate: Candidate | None) -> float:
             if weight is None or candidate is None or candidate.failed:
@@ -208,7 +205,9 @@ class Exploration:
 
         here = start
         while here is not None:
-            options = [self.play(layout, here.known) for layout in modes(here.layout, here.known)]
+            options = [
+                self.play(layout, here.known) for layout in all_modes(here.layout, here.known)
+            ]
             best = min(options, key=rank, default=None)
             if best is None or rank(best) >= rank(here) * (1 - TOLERANCE):
                 return
@@ -238,18 +237,15 @@ class Exploration:
 
     def _walk_all(self, chain: Chain) -> None:
         """Plays a chain at all depths, and in the modes that several weights of energy prefer."""
-        for known in self.settings if chain.known.decode else (chain.known,):
-            played = [self.play(layout, known) for layout in self._variants(chain, known)]
-            fit = [c for c in played if c and not c.failed]
-            fastest = min(fit, key=lambda c: c.value("time"), default=None)
-            for weight in FRONT_WEIGHTS:
-                self._tune(fastest, "time", weight)
+        played = [self.play(layout, chain.known) for layout in self._variants(chain)]
+        fit = [c for c in played if c and not c.failed]
+        fastest = min(fit, key=lambda c: c.value("time"), default=None)
+        for weight in FRONT_WEIGHTS:
+            self._tune(fastest, "time", weight)
 
-    def _variants(self, chain: Chain, known: Setting) -> list[Layout]:
-        counts = chain.counts
-        if known is not chain.known:
-            counts = tuple((known.num_microbatches,) for _ in chain.groups)
-        made = layouts(chain.groups, counts, known)
+    def _variants(self, chain: Chain) -> list[Layout]:
+        known = chain.known
+        made = layouts(chain.groups, chain.counts, known)
         names = [name for name, codec in CODECS.items() if 0 < codec.error <= self.max_loss]
         if not names or len(chain.groups) < 2:
             return made

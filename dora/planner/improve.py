@@ -8,8 +8,8 @@ more than a few of them away from a better one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from math import inf
+from itertools import pairwise, product
+from math import inf, prod
 from random import Random
 from typing import TypeVar, Union
 
@@ -21,6 +21,9 @@ from dora.spec import BoundaryCodec
 
 # Blocks by which a cut moves.
 _STEPS = (-4, -2, -1, 1, 2, 4)
+
+# Combinations of power modes that are all tried.
+MAX_MODES = 32
 
 Groups = tuple[Group, ...]
 # A layout, other stages, or another number of micro-batches.
@@ -93,11 +96,31 @@ def _shifted_shares(layout: Layout) -> Iterator[Layout]:
                     yield layout._replace(counts=_with(layout.counts, s, tuple(moved)))
 
 
+def all_modes(layout: Layout, known: Setting) -> list[Layout]:
+    """Returns the layout in every combination of power modes, or in others of one device if many.
+
+    A few devices in a few modes have few combinations, and the best is often not one step away: a
+    slower stage pays once its neighbour is slower too.
+    """
+    names = [_mode_names(d, known) for d in layout.devices]
+    if prod(map(len, names)) > MAX_MODES:
+        return list(modes(layout, known))
+    combinations = (zip(layout.devices, chosen, strict=True) for chosen in product(*names))
+    made = [
+        tuple(sorted((d, name) for d, name in pairs if name != "default")) for pairs in combinations
+    ]
+    return [layout._replace(modes=one) for one in made if one != layout.modes]
+
+
+def _mode_names(device: int, known: Setting) -> tuple[str, ...]:
+    return ("default", *(mode.name for mode in known.devices[device].power_modes))
+
+
 def modes(layout: Layout, known: Setting) -> Iterator[Layout]:
     """Yields the layouts that differ in the power mode of one device."""
     chosen = dict(layout.modes)
     for d in layout.devices:
-        for name in ("default", *(mode.name for mode in known.devices[d].power_modes)):
+        for name in _mode_names(d, known):
             if name == chosen.get(d, "default"):
                 continue
             other = {**chosen, d: name}

@@ -30,6 +30,9 @@ from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
 # between them gets the rest, and what the others did not need.
 EFFORT_SHARES = (0.35, 0.25, 0.1, 0.05)
 
+# Of a search whose effort is not given: a second for a home, half a minute for a campus.
+MIN_EFFORT_S, EFFORT_PER_DEVICE_S = 0.7, 0.1
+
 # Times that the order of a plan's transfers is tried; the order by tails is rarely beaten.
 NETWORK_PLAYS = 20
 
@@ -103,7 +106,8 @@ def search(
         cluster: See `plan`.
         workload: See `plan`.
         qoe: See `plan`.
-        effort_s: About the seconds to spend on playing layouts; None: 0.1 for each device.
+        effort_s: About the seconds to spend on playing layouts; None: a tenth for each device,
+            0.7 at least.
         seed: Of the order in which changes are tried.
 
     Raises:
@@ -114,7 +118,8 @@ def search(
     wanted = limits(workload, qoe)
     network = at_percentile(cluster, qoe.percentile) if qoe.percentile != 50 else cluster
     settings = [setting(profile, network, workload, m) for m in microbatch_choices(workload)]
-    effort_s = 0.1 * len(cluster.devices) if effort_s is None else effort_s
+    if effort_s is None:
+        effort_s = max(MIN_EFFORT_S, EFFORT_PER_DEVICE_S * len(cluster.devices))
     run = Exploration(settings, network, wanted, qoe.max_accuracy_loss, seed)
     run.walk_singles()
     stops = [effort_s * sum(EFFORT_SHARES[: i + 1]) for i in range(len(EFFORT_SHARES))]
