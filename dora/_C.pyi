@@ -398,7 +398,7 @@ class Played:
         """Of the last compute or arrival; infinite if a rank never ends."""
     @property
     def stuck(self) -> int:
-        """The first rank that never ends, -1 if all do."""
+        """A rank that never ends: one that computes before one that waits; -1 if all end."""
     @property
     def busy_s(self) -> list[float]: ...
     @property

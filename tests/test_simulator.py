@@ -144,14 +144,12 @@ def test_not_before_holds_a_transfer_back():
     assert arrivals([10], [Flow(not_before_s=7, head_s=8)]) == pytest.approx([18])
 
 
-@pytest.mark.parametrize("first_s", [0.1, 0.7, 1.1])
-def test_rounding_does_not_hold_up_what_is_sent(first_s):
-    """What is left of a flow when a more urgent one starts with its end is not a byte."""
-    sizes = [0.2, 0.3, 0.6]
-    flows = [Flow(num_bytes=size, head_s=first_s) for size in sizes]
-    for i, size in enumerate(sizes):
-        urgent = Flow(num_bytes=100, head_s=first_s + size, priority=1)
-        assert arrivals([1], [flows[i], urgent], "priority")[0] == pytest.approx(first_s + size)
+@pytest.mark.parametrize(("head_s", "size", "end_s"), [(0.1, 0.2, 0.3), (1.1, 2.2, 3.3)])
+def test_rounding_does_not_hold_up_what_is_sent(head_s, size, end_s):
+    """A more urgent flow starts when one ends: what rounding leaves of that does not wait."""
+    assert head_s + size > end_s
+    flows = [Flow(num_bytes=size, head_s=head_s), Flow(head_s=end_s, priority=1)]
+    assert arrivals([1], flows, "priority") == pytest.approx([end_s, end_s + 100])
 
 
 def exchange(network: Network, ranks: Sequence[int], num_bytes: float) -> Played:

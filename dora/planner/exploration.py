@@ -190,8 +190,9 @@ class Exploration:
         first = self.play(made[min(1, len(made) - 1)], chain.known)
         if first and first.value(objective) > DEPTH_FACTOR * self.best[objective]:
             made = [first.layout]
-        played = [self.play(layout, chain.known) for layout in made]
-        self._tune(min(played, key=lambda c: self._rank(c, objective)), objective)
+        # A deeper window costs nothing in time, and may be what a slower mode needs.
+        for layout in made:
+            self._tune(self.play(layout, chain.known), objective)
 
     def _tune(self, start: Candidate | None, objective: str, weight: float | None = None) -> None:
         """Changes power modes while that helps."""

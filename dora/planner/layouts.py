@@ -96,7 +96,9 @@ def layout_of(plan: Plan, known: Setting) -> Layout:
         for r in stage.replicas
         if r.power_mode != "default"
     )
-    return Layout(groups, counts, plan.warmup, plan.schedule_kind, modes, plan.codecs)
+    # Without training the runtime runs forwards only, whatever the plan's kind is.
+    kind = plan.schedule_kind if known.training else "wavefront"
+    return Layout(groups, counts, plan.warmup, kind, modes, plan.codecs)
 
 
 def cost(layout: Layout, prediction: Prediction, known: Setting) -> Cost:
