@@ -16,8 +16,11 @@ from test_transparency import grads, plain_step, relative_error
 from torch import nn
 
 from dora import DoraParallel, partition
-from dora.errors import SpecError
+from dora.errors import InfeasiblePlanError, SpecError
 from dora.runtime.batch import as_call
+from dora.runtime.checks import check_plan
+from dora.scheduler import build_schedule
+from dora.spec import BoundaryCodec, Transfer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -196,6 +199,38 @@ def test_uneven_last_batch_and_summed_loss():
     for loss, grad in run_ranks(2, summed):
         assert loss <= 1e-5
         assert grad <= 1e-5
+
+
+def ordered_by_the_network_scheduler(rank: int) -> float:
+    """The last message of every rank goes first: a bad order, which must change nothing else."""
+    case, plain = make("mlp"), make("mlp")
+    model = build(case, [[1], [1], [1]])
+    schedule = build_schedule(model.plan)
+    transfers = tuple(
+        Transfer(src=r, dst=0, num_bytes=0, action=action, priority=float(i))
+        for r, actions in enumerate(schedule.actions_by_rank)
+        for i, action in enumerate(actions)
+        if action.kind.startswith("SEND")
+    )
+    fields = {"transfers": transfers}
+    model = build(case, [[1], [1], [1]], plan_fields=fields)
+    step(model, case)
+    plain_step(plain, 0, per_microbatch=False)
+    return relative_error(grads(model), grads(plain.module))
+
+
+def test_order_of_transfers_does_not_change_gradients():
+    assert max(run_ranks(3, ordered_by_the_network_scheduler)) <= 1e-5
+
+
+def test_codecs_are_refused():
+    case = make("mlp")
+    args, kwargs = as_call(case.inputs)
+    chain = partition(case.module, args, kwargs)
+    codecs = (BoundaryCodec(forward="int8"),)
+    plan = make_plan(chain.num_blocks, [[1], [1]], codecs=codecs)
+    with pytest.raises(InfeasiblePlanError, match="codec int8/none behind stage 0"):
+        check_plan(plan, chain, 2)
 
 
 def random_state_and_memory(rank: int) -> bool:

@@ -13,7 +13,7 @@ from dora.spec import Plan
 
 
 def check_plan(plan: Plan, chain: Chain, world_size: int) -> None:
-    """Raises InfeasiblePlanError if the plan is for another number of devices or blocks."""
+    """Raises InfeasiblePlanError if the plan is for other devices or blocks, or has codecs."""
     if len(plan.devices) != world_size:
         raise InfeasiblePlanError(
             f"plan: made for {len(plan.devices)} devices {list(plan.devices)}, given {world_size} "
@@ -24,6 +24,13 @@ def check_plan(plan: Plan, chain: Chain, world_size: int) -> None:
             f"plan: covers {plan.num_blocks} blocks, given a model of {chain.num_blocks}: plan it "
             "again for this model"
         )
+    for stage, codec in enumerate(plan.codecs):
+        if (codec.forward, codec.backward) != ("none", "none"):
+            raise InfeasiblePlanError(
+                f"plan: codec {codec.forward}/{codec.backward} behind stage {stage}, allowed: "
+                "none/none, since the runtime sends tensors as they are; plan with "
+                "max_accuracy_loss = 0"
+            )
 
 
 def check_agreed(
