@@ -24,6 +24,7 @@ struct Label {
   std::int32_t group = -1;  // of the first stage
   std::int32_t end = 0;     // block after that stage's last
   std::int32_t window = 0;  // of the first stage, at the least depth
+  bool is_reduced = false;  // any of the stages, by an all-reduce
 };
 
 struct Bucket {
@@ -38,6 +39,7 @@ struct Stage {
   double one_s, ends_s, one_forward_s;
   double all_s, waiting_s, reduced_s, work_j;
   std::array<double, kMaxMedia> load_s{};
+  bool is_reduced = false;  // by an all-reduce
 };
 
 struct Hop {
@@ -91,14 +93,17 @@ class Search {
   void prepareRemainders() {
     before_s_.assign(blocks_, 0);
     before_j_.assign(blocks_, 0);
+    before_forward_s_.assign(blocks_, 0);
     ratio_.assign(p_.num_devices, 0);
     for (int b = 0; b < p_.num_blocks; b++) {
-      double best_s = kNever, least_j = kNever;
+      double best_s = kNever, least_j = kNever, forward_s = kNever;
       for (int d = 0; d < p_.num_devices; d++) {
         best_s = std::min(best_s, blockS(d, b));
+        forward_s = std::min(forward_s, prefix(p_.forward_s, d, b, b + 1));
         least_j = std::min(least_j, blockS(d, b) * p_.extra_w[d]);
       }
       before_s_[b + 1] = before_s_[b] + best_s;
+      before_forward_s_[b + 1] = before_forward_s_[b] + forward_s;
       before_j_[b + 1] = before_j_[b] + least_j * p_.num_microbatches;
       for (int d = 0; d < p_.num_devices; d++) {
         double own_s = blockS(d, b);
@@ -182,6 +187,7 @@ class Search {
     std::size_t k = group.size(), hop = pair(group[r], group[(r + 1) % k]);
     double bytes = k > 1 ? 2.0 * (k - 1) / k * span(p_.gradient_bytes, first, end) : 0;
     if (bytes <= 0) return 0;
+    stage.is_reduced = true;
     for (std::size_t m = 0; m < p_.medium_s_per_byte.size(); m++)
       stage.load_s[m] += bytes * p_.medium_s_per_byte[m][hop];
     return bytes * p_.s_per_byte[hop] + p_.latency_s[hop];
@@ -243,6 +249,7 @@ class Search {
     label.idle_w = rest.idle_w;
     for (int d : p_.groups[g]) label.idle_w += p_.idle_w[d];
     label.used = rest.used | members_[g];
+    label.is_reduced = rest.is_reduced || stage.is_reduced;
     label.rest = static_cast<std::int32_t>(l);
     label.group = static_cast<std::int32_t>(g);
     label.end = end;
@@ -276,8 +283,9 @@ class Search {
     if (first == 0 && p_.source >= 0) addInput(label, input_s, input_load);
     double least_s = std::max(label.v_s, label.reduced_s) + before_s_[first] + input_s;
     // A medium that is never idle still waits for the first stage's first forward, and the first
-    // stage for its last backward.
-    double ends_s = first == 0 && input_load == 0 ? stage.ends_s : before_s_[first];
+    // stage for its last backward, unless gradients are reduced meanwhile or after it.
+    double ends_s = label.is_reduced ? before_forward_s_[first] : before_s_[first];
+    if (first == 0 && input_load == 0) ends_s = label.is_reduced ? stage.one_forward_s : stage.ends_s;
     for (std::size_t m = 0; m < p_.medium_s_per_byte.size(); m++)
       if (label.load_s[m] > 0) least_s = std::max(least_s, label.load_s[m] + ends_s);
     if (first > 0) {
@@ -351,7 +359,7 @@ class Search {
   std::size_t blocks_;
   std::vector<Used> members_;
   std::vector<std::vector<int>> lower_twins_;
-  std::vector<double> before_s_, before_j_, ratio_;
+  std::vector<double> before_s_, before_forward_s_, before_j_, ratio_;
   std::vector<Label> pool_;
   std::size_t first_kept_ = 0;   // in the pool, of the block that is being expanded
   std::vector<Bucket> buckets_;  // per first block

@@ -5,7 +5,7 @@ from math import inf, sqrt
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dora._C import share_microbatches as native_shares
@@ -410,6 +410,9 @@ def bounds_of(known, cluster):
 
 @settings(max_examples=25, deadline=None)
 @given(problem=problems(max_blocks=4))
+# Gradients that are reduced during the last backward keep one channel busy until the end.
+@example(problem=make_problem(182, max_blocks=4))
+@example(problem=make_problem(868, max_blocks=4))
 def test_no_layout_beats_its_bounds(problem):
     bounds = {}
     for layout, known in all_layouts(*problem):

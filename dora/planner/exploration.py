@@ -20,7 +20,8 @@ from dora.planner.predict import (
     as_step,
     evaluate,
     is_linked,
-    memory_share,
+    largest_share,
+    peak_bytes,
 )
 from dora.planner.select import Candidate
 from dora.spec import BoundaryCodec, Cluster
@@ -98,14 +99,15 @@ class Exploration:
         self.spent_s += CALL_S + ACTION_S * layout.num_microbatches * len(layout.groups) * 6
         placement = tuple(group.devices for group in layout.groups)
         step = as_step(layout, known, known.costs)
-        share, text = memory_share(layout, known, step)
+        peaks = peak_bytes(layout, known, step)
+        share, text = largest_share(layout, known, peaks)
         if share > 1:
             self.unfit.setdefault(placement, text)
             return None
         if not is_linked(layout.groups, known):
             self.unfit.setdefault(placement, "no link between devices that exchange data")
             return None
-        prediction = evaluate(layout, known, step)
+        prediction = evaluate(layout, known, step, peaks)
         failed = broken(self.wanted, layout, prediction, known)
         candidate = Candidate(layout, prediction, known, failed, share)
         self.seen[layout] = candidate
@@ -146,6 +148,8 @@ class Exploration:
         """Returns chains by their bounds, and the least bound of those that were left out."""
         chains: list[Chain] = []
         width, per_state, num_settings = _width(len(self.settings[0].devices))
+        if self.chains and num_settings < len(self.settings):
+            num_settings = 1  # the other objective has seen what this number has to offer
         spaces = self._spaces()
         dropped = min((space.least(objective) for space in spaces[num_settings:]), default=inf)
         for space in spaces[:num_settings]:
@@ -304,4 +308,4 @@ def _width(num_devices: int) -> tuple[int, int, int]:
     """
     if num_devices <= MAX_COMPLETE:
         return 40_000, 40_000, 7
-    return (600, 8, 7) if num_devices <= 8 else (100, 5, 3)
+    return (600, 8, 7) if num_devices <= 8 else (100, 5, 2)

@@ -164,20 +164,26 @@ def setting(
     )
 
 
-def evaluate(layout: Layout, known: Setting, step: _C.Step | None = None) -> Prediction:
+def evaluate(
+    layout: Layout,
+    known: Setting,
+    step: _C.Step | None = None,
+    peaks: tuple[float, ...] | None = None,
+) -> Prediction:
     """Returns the cost of a layout: its schedule played on the contended network.
 
     Args:
         layout: What to price.
         known: Its setting.
         step: The layout in numbers, if they are known already.
+        peaks: Its peak memory, if it is known already.
 
     Raises:
         ValueError: No link joins two devices that exchange messages.
     """
     step = step or as_step(layout, known, known.costs)
     price = step.price(known.network)
-    peaks = peak_bytes(layout, known, step)
+    peaks = peaks or peak_bytes(layout, known, step)
     prediction = _prediction(layout, known, price, peaks)
     if known.decode is None:
         return prediction
@@ -310,7 +316,11 @@ def peak_bytes(layout: Layout, known: Setting, step: _C.Step) -> tuple[float, ..
 
 def memory_share(layout: Layout, known: Setting, step: _C.Step) -> tuple[float, str]:
     """Returns the largest share of any device's memory that is needed, and which device's."""
-    peaks = peak_bytes(layout, known, step)
+    return largest_share(layout, known, peak_bytes(layout, known, step))
+
+
+def largest_share(layout: Layout, known: Setting, peaks: Sequence[float]) -> tuple[float, str]:
+    """Returns the same where the peak memory of each device is known."""
     needs = [
         (peak / known.devices[d].memory_bytes, peak, known.devices[d])
         for d, peak in zip(layout.devices, peaks, strict=True)

@@ -31,7 +31,7 @@ from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
 EFFORT_SHARES = (0.35, 0.25, 0.1, 0.05)
 
 # Of a search whose effort is not given: a second for a home, half a minute for a campus.
-MIN_EFFORT_S, EFFORT_PER_DEVICE_S = 0.7, 0.1
+MIN_EFFORT_S, EFFORT_PER_DEVICE_S = 0.7, 0.15
 
 # Times that the order of a plan's transfers is tried; the order by tails is rarely beaten.
 NETWORK_PLAYS = 20
@@ -106,7 +106,7 @@ def search(
         cluster: See `plan`.
         workload: See `plan`.
         qoe: See `plan`.
-        effort_s: About the seconds to spend on playing layouts; None: a tenth for each device,
+        effort_s: About the seconds to spend on playing layouts; None: 0.15 for each device,
             0.7 at least.
         seed: Of the order in which changes are tried.
 
