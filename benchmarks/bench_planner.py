@@ -29,7 +29,7 @@ from dora.planner import search
 from dora.spec import Plan, QoE
 
 # Seeds 0, 1, ... until so many problems have a plan; a few have no room for the model.
-NUM_SMALL, NUM_SMALL_QUICK = 300, 60
+NUM_SMALL, NUM_SMALL_QUICK = 300, 40
 # Plans that gain less than this may be missing inside the true front.
 FRONT_TOLERANCE = 1e-3
 CLOSE, EQUAL = 0.01, 1e-6
@@ -134,19 +134,27 @@ class Report:
         self.rows.append(Row(case, "dora", metric, unit, Samples(values)))
 
     def check(self, name: str, value: float, bound: str, ok: bool | None, unit: str = "1") -> None:
-        self.metrics[name] = Metric(float(f"{value:.6g}"), unit, bound, ok)
+        reason = "--quick" if ok is None else ""
+        self.metrics[name] = Metric(float(f"{value:.6g}"), unit, bound, ok, reason)
 
 
 def optimality(report: Report, wanted: int) -> None:
     """Judges problems until `wanted` of them have a plan, and shows those that are not solved."""
-    table = Table(["not within 1e-6, or hypervolume below 0.98", "value / least", "hypervolume"])
+    header = [
+        "not equal, or hypervolume below 0.98",
+        "value / least",
+        "at all shares",
+        "hypervolume",
+    ]
+    table = Table(header, width=(56, 14))
     verdicts: list[Verdict] = []
     # One in thirty has no plan.
     seeds = range(wanted + wanted // 10)
     for verdict in in_processes(judge, seeds):
         verdicts.append(verdict)
-        if verdict.ratio > 1 + EQUAL or verdict.volume < 0.98:
-            cells = f"{verdict.ratio:.6f}", f"{verdict.volume:.4f}"
+        if max(verdict.ratio, verdict.tiny_ratio) > 1 + EQUAL or verdict.volume < 0.98:
+            tiny = f"{verdict.tiny_ratio:.6f}" if verdict.tiny_ratio else "-"
+            cells = f"{verdict.ratio:.6f}", tiny, f"{verdict.volume:.4f}"
             table.line(f"{verdict.seed}: {verdict.text}", *cells)
         if verdict.ratio > 0:
             case = f"small {verdict.seed}: {verdict.text}"
@@ -155,7 +163,7 @@ def optimality(report: Report, wanted: int) -> None:
     solved = [v for v in verdicts if v.ratio > 0]
     ratios, volumes = [v.ratio for v in solved], Samples([v.volume for v in solved])
     tiny = [v.tiny_ratio for v in solved if v.tiny_ratio > 0]
-    report.check("problems", len(solved), f">= {wanted}", len(solved) >= wanted)
+    report.check("problems", len(solved), f">= {NUM_SMALL}", len(solved) >= NUM_SMALL or None)
     close = sum(r <= 1 + CLOSE for r in ratios) / len(ratios)
     report.check("within_1_percent", close, ">= 1", close >= 1)
     equal = sum(r <= 1 + EQUAL for r in ratios) / len(ratios)
@@ -230,6 +238,10 @@ def speed(report: Report, cases: Sequence[tuple[int, int, float]]) -> None:
         report.check(name, worst_s, f"< {most_s:g}", worst_s < most_s, "s")
         peak = max(t.peak_bytes for t in taken)
         report.check(f"{name}_peak", peak, f"< {MOST_BYTES:g}", peak < MOST_BYTES, "B")
+
+    for num_devices, num_blocks, most_s in SPEED_CASES[len(cases) :]:
+        skipped = Metric(None, "s", f"< {most_s:g}", None, "--quick")
+        report.metrics[f"plan_{num_devices}x{num_blocks}"] = skipped
 
 
 def plot_growth(report: Report, path: Path) -> None:

@@ -15,7 +15,7 @@ from math import inf
 from typing import NamedTuple
 
 from dora import _C
-from dora.planner.chains import Chains, shares
+from dora.planner.chains import Chains, shared_media, shares, twins
 from dora.planner.layouts import layouts
 from dora.planner.predict import (
     Group,
@@ -34,7 +34,7 @@ Value = tuple[float, float]
 Windows = Callable[[Sequence[Group], Sequence[Sequence[int]], Setting], list[Layout]]
 UNBOUNDED = 10**9
 # Bounds are lowered by this share before they exclude anything, should they be too high.
-DISTRUST = 0.1
+DISTRUST = 0.02
 
 
 class Chain(NamedTuple):
@@ -112,7 +112,10 @@ class Brute:
         self.num_played = 0
         self.worst_bound = 0.0  # largest bound over value of any plan: above 1 if bounds are wrong
         self._modes: dict[tuple[int, ...], list[tuple[tuple[int, str], ...]]] = {}
-        spaces = [Chains(known, cluster, max_loss) for known in self.settings]
+        spaces = [
+            Chains(known, shared_media(cluster, known.devices), twins(known), max_loss)
+            for known in self.settings
+        ]
         self.spaces = spaces
         for i, space in enumerate(spaces):
             found, dropped = _C.enumerate_chains(

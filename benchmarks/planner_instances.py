@@ -297,15 +297,19 @@ def mixed(rng: Random, devices: Sequence[Device]) -> Cluster:
 NETWORKS = {"shared": shared, "private": private, "mixed": mixed}
 
 
-def as_if_private(cluster: Cluster) -> Cluster:
-    """Returns the cluster as a contention-blind planner sees it: each link alone, as measured."""
+def as_if_private(cluster: Cluster, *, relayed: bool = True) -> Cluster:
+    """Returns the cluster as a contention-blind planner sees it: each link alone, as measured.
+
+    Not `relayed`, each link has the rate of the channel, as a data sheet gives it.
+    """
     media = {medium.name: medium for medium in cluster.media}
     links, copies = [], []
     for link in cluster.links:
         own = {name: f"{link.src}>{link.dst} {name}" for name in link.media}
         for name, copy in own.items():
             copies.append(media[name].model_copy(update={"name": copy, "contention": (1.0,)}))
-        links.append(link.model_copy(update={"media": tuple(own[name] for name in link.media)}))
+        crossed = link.media if relayed else tuple(dict.fromkeys(link.media))
+        links.append(link.model_copy(update={"media": tuple(own[name] for name in crossed)}))
     return cluster.model_copy(update={"media": tuple(copies), "links": tuple(links)})
 
 

@@ -160,7 +160,7 @@ void bindProgram(py::module_& m) {
       .def(
           "change_rate",
           [](PyProgram& self, double at_s, std::uint32_t medium, double factor) {
-            self.program.media.at(medium);
+            self.program.media->at(medium);
             self.program.changes.push_back({at_s, true, medium, factor});
           },
           py::arg("at_s"), py::arg("medium"), py::arg("factor"))

@@ -116,12 +116,12 @@ class Builder {
 };
 
 double busiestMediumS(const Program& program) {
-  std::vector<double> bytes(program.media.size());
+  std::vector<double> bytes(program.media->size());
   for (const Transfer& transfer : program.transfers)
-    for (const Crossing& c : program.paths[transfer.path]) bytes[c.medium] += transfer.num_bytes * c.times;
+    for (const Crossing& c : *transfer.path) bytes[c.medium] += transfer.num_bytes * c.times;
   double busiest_s = 0;
   for (std::size_t m = 0; m < bytes.size(); m++)
-    busiest_s = std::max(busiest_s, bytes[m] / program.media[m].capacity(1));
+    busiest_s = std::max(busiest_s, bytes[m] / (*program.media)[m].capacity(1));
   return busiest_s;
 }
 
@@ -129,27 +129,29 @@ double busiestMediumS(const Program& program) {
 
 Network::Network(std::size_t num_devices)
     : num_devices_(num_devices),
-      path_of_(num_devices * num_devices, kNone),
+      media_(std::make_shared<std::vector<FluidMedium>>()),
+      path_of_(num_devices * num_devices),
       latency_s_(num_devices * num_devices) {}
 
 std::uint32_t Network::addMedium(FluidMedium medium) {
-  media_.push_back(std::move(medium));
-  return static_cast<std::uint32_t>(media_.size() - 1);
+  // Programs keep the media that they were made with.
+  if (media_.use_count() > 1) media_ = std::make_shared<std::vector<FluidMedium>>(*media_);
+  media_->push_back(std::move(medium));
+  return static_cast<std::uint32_t>(media_->size() - 1);
 }
 
 void Network::connect(std::size_t src, std::size_t dst, Path path, double latency_s) {
-  path_of_.at(src * num_devices_ + dst) = static_cast<std::int32_t>(paths_.size());
   latency_s_.at(src * num_devices_ + dst) = latency_s;
-  paths_.push_back(std::move(path));
+  path_of_.at(src * num_devices_ + dst) = std::make_shared<const Path>(std::move(path));
 }
 
 bool Network::isConnected(std::size_t src, std::size_t dst) const {
-  return path_of_[src * num_devices_ + dst] != kNone;
+  return path_of_[src * num_devices_ + dst] != nullptr;
 }
 
 Transfer Network::transfer(std::size_t src, std::size_t dst, double num_bytes) const {
   std::size_t pair = src * num_devices_ + dst;
-  if (path_of_.at(pair) == kNone)
+  if (!path_of_.at(pair))
     throw std::invalid_argument("no link from device " + std::to_string(src) + " to device " +
                                 std::to_string(dst));
   Transfer transfer;
@@ -164,7 +166,6 @@ Transfer Network::transfer(std::size_t src, std::size_t dst, double num_bytes) c
 Program emptyProgram(const Network& network, Discipline discipline) {
   Program program;
   program.media = network.media();
-  program.paths = network.paths();
   program.ranks.resize(network.numDevices());
   program.discipline = discipline;
   return program;

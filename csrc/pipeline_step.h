@@ -19,17 +19,15 @@ class Network {
 
   std::size_t numDevices() const { return num_devices_; }
   bool isConnected(std::size_t src, std::size_t dst) const;
-  const std::vector<FluidMedium>& media() const { return media_; }
-  const std::vector<Path>& paths() const { return paths_; }
+  std::shared_ptr<const std::vector<FluidMedium>> media() const { return media_; }
 
   // A transfer between two devices; std::invalid_argument if no link joins them.
   Transfer transfer(std::size_t src, std::size_t dst, double num_bytes) const;
 
  private:
   std::size_t num_devices_;
-  std::vector<FluidMedium> media_;
-  std::vector<Path> paths_;
-  std::vector<std::int32_t> path_of_;  // of src * num_devices + dst
+  std::shared_ptr<std::vector<FluidMedium>> media_;
+  std::vector<std::shared_ptr<const Path>> path_of_;  // of src * num_devices + dst; null: no link
   std::vector<double> latency_s_;
 };
 

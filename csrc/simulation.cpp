@@ -16,9 +16,9 @@ class Player {
  public:
   explicit Player(const Program& program)
       : program_(program),
-        media_(program.media),
-        loads_(program.media.size()),
-        is_carrying_(program.media.size()),
+        media_(program.media.get()),
+        loads_(program.media->size()),
+        is_carrying_(program.media->size()),
         now_s_(program.start_s),
         shared_s_(program.start_s),
         at_(program.ranks.size()),
@@ -30,10 +30,13 @@ class Player {
     played_.busy_s.resize(program.ranks.size());
     played_.sent_bytes.resize(program.ranks.size());
     played_.received_bytes.resize(program.ranks.size());
-    played_.medium_busy_s.resize(program.media.size());
+    played_.medium_busy_s.resize(program.media->size());
     played_.transfers.resize(program.transfers.size());
     for (const auto& ops : program.ranks) played_.ops.emplace_back(ops.size());
     played_.end_s = program.start_s;
+    if (program.changes.empty()) return;
+    changed_ = *program.media;
+    media_ = &changed_;
   }
 
   Played run() {
@@ -191,7 +194,7 @@ class Player {
     state.is_active = true;
     state.remaining = transfer.num_bytes;
     Flow& flow = flows_[t];
-    flow.path = &program_.paths[transfer.path];
+    flow.path = transfer.path.get();
     flow.priority = transfer.priority;
     flow.limit_bytes_per_s = transfer.pace_bytes_per_s;
     flow.rate_bytes_per_s = 0;
@@ -216,7 +219,7 @@ class Player {
   // Gives all flows new rates.
   void share() {
     advance();
-    shareMedia(media_, program_.discipline, active_, loads_);
+    shareMedia(*media_, program_.discipline, active_, loads_);
     next_done_s_ = kNever;
     for (Flow* flow : active_) {
       State& state = state_[indexOf(flow)];
@@ -269,8 +272,8 @@ class Player {
     for (; next_change_ < changes.size() && changes[next_change_].at_s <= now_s_; next_change_++) {
       const Change& change = changes[next_change_];
       if (change.is_medium) {
-        double given = program_.media[change.index].rate_bytes_per_s;
-        media_[change.index].rate_bytes_per_s = given * change.factor;
+        double given = (*program_.media)[change.index].rate_bytes_per_s;
+        changed_[change.index].rate_bytes_per_s = given * change.factor;
         is_dirty_ = true;
       } else {
         changeSpeed(change.index, change.factor);
@@ -295,7 +298,8 @@ class Player {
   std::size_t indexOf(const Flow* flow) const { return flow - flows_.data(); }
 
   const Program& program_;
-  std::vector<FluidMedium> media_;  // as the changes so far have left them
+  const std::vector<FluidMedium>* media_;
+  std::vector<FluidMedium> changed_;  // media as the changes so far have left them, if there are any
   std::vector<Load> loads_;         // for shareMedia
   std::vector<bool> is_carrying_;   // all false but in countMedia
   double now_s_;
@@ -319,8 +323,8 @@ class Player {
 // Seconds from the first byte to the arrival of a transfer that has all media for itself.
 double aloneS(const Program& program, const Transfer& transfer) {
   double rate = transfer.pace_bytes_per_s;
-  for (const Crossing& c : program.paths[transfer.path])
-    rate = std::min(rate, program.media[c.medium].capacity(1) / c.times);
+  for (const Crossing& c : *transfer.path)
+    rate = std::min(rate, (*program.media)[c.medium].capacity(1) / c.times);
   return (transfer.num_bytes > 0 ? transfer.num_bytes / rate : 0) + transfer.latency_s;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "fluid.h"
@@ -22,7 +23,7 @@ struct Op {
 
 // A message. It moves once it is sent and, if `needs_receive`, a receive is posted.
 struct Transfer {
-  std::uint32_t path = 0;  // index into Program::paths
+  std::shared_ptr<const Path> path;
   std::int32_t src = 0, dst = 0;
   double num_bytes = 0;
   double latency_s = 0;  // from the last byte sent to its arrival
@@ -42,8 +43,7 @@ struct Change {
 };
 
 struct Program {
-  std::vector<FluidMedium> media;
-  std::vector<Path> paths;
+  std::shared_ptr<const std::vector<FluidMedium>> media;
   std::vector<std::vector<Op>> ranks;
   std::vector<Transfer> transfers;
   std::vector<Change> changes;  // by ascending time

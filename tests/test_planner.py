@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dora._C import share_microbatches as native_shares
 from dora.errors import InfeasiblePlanError, SpecError
 from dora.planner import plan, predict, search, step_costs
-from dora.planner.chains import Chains, twins
+from dora.planner.chains import Chains, shared_media, twins
 from dora.planner.codecs import CODECS
 from dora.planner.cost import interpolate, share_microbatches, stage_costs
 from dora.planner.layouts import layouts, to_plan
@@ -402,7 +402,7 @@ def test_search_against_brute_force(problem, slack):
 
 def bounds_of(known, cluster):
     """Returns every chain by its groups."""
-    chains, _ = Chains(known, cluster, 0.0).enumerate(
+    chains, _ = Chains(known, shared_media(cluster, known.devices), twins(known), 0.0).enumerate(
         "time", cutoff_s=inf, cutoff_j=inf, width=10**6, per_state=10**6
     )
     return {chain.groups: chain for chain in chains}

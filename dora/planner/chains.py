@@ -43,16 +43,24 @@ class Chain(NamedTuple):
 class Chains:
     """The search space of one `Setting`."""
 
-    def __init__(self, known: Setting, cluster: Cluster, max_loss: float) -> None:
-        """Collects costs, groups and shared media; codecs of up to that error may be used."""
+    def __init__(
+        self, known: Setting, media: Sequence[Array], twin_of: dict[int, int], max_loss: float
+    ) -> None:
+        """Collects costs and groups.
+
+        Args:
+            known: Of one number of micro-batches.
+            media: From `shared_media`.
+            twin_of: From `twins`.
+            max_loss: Codecs of up to that error may be used.
+        """
         self.known = known
         self.ratio = min(
             wire_ratio(n, known.dtype) for n, c in CODECS.items() if c.error <= max_loss
         )
         self.costs = _whole_request(known, known.decode) if known.decode else known.costs
-        self.twins = twins(known)
-        self.groups = list(_groups(known, self.twins))
-        self.problem = self._problem(cluster)
+        self.groups = list(_groups(known, twin_of))
+        self.problem = self._problem(media, twin_of)
 
     def enumerate(
         self, objective: str, *, cutoff_s: float, cutoff_j: float, width: int, per_state: int
@@ -91,7 +99,7 @@ class Chains:
         )
         return Chain(bound_s, bound_j, stages, shares(stages, self.known), self.known)
 
-    def _problem(self, cluster: Cluster) -> dict[str, Any]:
+    def _problem(self, media: Sequence[Array], twin_of: dict[int, int]) -> dict[str, Any]:
         known, costs = self.known, self.costs
         devices = known.devices
         fastest = np.array([max([1.0, *(m.speed_factor for m in d.power_modes)]) for d in devices])
@@ -116,11 +124,11 @@ class Chains:
             "rx_j_per_byte": np.array([d.rx_j_per_byte for d in devices]),
             "s_per_byte": np.where(np.isfinite(known.links.s_per_byte), known.links.s_per_byte, 0),
             "latency_s": known.links.latency_s,
-            "medium_s_per_byte": shared_media(cluster, devices),
+            "medium_s_per_byte": media,
             "hops": 1 + _further_passes(known),
             "source": -1 if known.source is None else known.source,
             "groups": self.groups,
-            "twins": [self.twins[d] for d in range(len(devices))],
+            "twins": [twin_of[d] for d in range(len(devices))],
         }
 
 
@@ -167,16 +175,26 @@ def shared_media(cluster: Cluster, devices: Sequence[Device]) -> list[Array]:
     Media that most pairs cross come first; what only one device uses is its own link.
     """
     index = {device.name: d for d, device in enumerate(devices)}
-    found = []
-    for medium in cluster.media:
+    rate = {medium.name: medium.rate_bytes_per_s for medium in cluster.media}
+    crossed: dict[str, list[tuple[int, int, float]]] = {name: [] for name in rate}
+    for link in cluster.links:
+        if link.src in index and link.dst in index:
+            for name in set(link.media):
+                s_per_byte = link.media.count(name) / rate[name]
+                crossed[name].append((index[link.src], index[link.dst], s_per_byte))
+    shared = [
+        pairs
+        for pairs in crossed.values()
+        if len({src for src, _, _ in pairs}) > 1 and len({dst for _, dst, _ in pairs}) > 1
+    ]
+    shared.sort(key=lambda pairs: -sum(s_per_byte for *_, s_per_byte in pairs))
+    tables = []
+    for pairs in shared[:MAX_MEDIA]:
         table = np.zeros((len(devices), len(devices)))
-        for link in cluster.links:
-            if medium.name in link.media and link.src in index and link.dst in index:
-                crossed = link.media.count(medium.name) / medium.rate_bytes_per_s
-                table[index[link.src], index[link.dst]] = crossed
-        if (table > 0).any(axis=1).sum() > 1 and (table > 0).any(axis=0).sum() > 1:
-            found.append(table)
-    return sorted(found, key=lambda table: -float(table.sum()))[:MAX_MEDIA]
+        for src, dst, s_per_byte in pairs:
+            table[src, dst] = s_per_byte
+        tables.append(table)
+    return tables
 
 
 def _groups(known: Setting, twin_of: dict[int, int]) -> Iterator[tuple[int, ...]]:
@@ -198,9 +216,10 @@ def _groups(known: Setting, twin_of: dict[int, int]) -> Iterator[tuple[int, ...]
         for twin in classes
         for i in range(0, len(twin) - k + 1)
     ]
+    fastest = [tuple(fast[:k]) for k in range(2, most + 1)]
     pairs = list(combinations(fast[:12], 2)) if most > 1 else []
     neighbours = [tuple(fast[i : i + k]) for k in range(2, most + 1) for i in range(n - k + 1)]
-    for group in [*pairs, *runs, *neighbours]:
+    for group in [*fastest, *pairs, *runs, *neighbours]:
         ordered = tuple(sorted(group))
         if ordered not in seen and len(seen) < MAX_GROUPS:
             seen.add(ordered)

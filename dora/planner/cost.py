@@ -213,11 +213,16 @@ def links(cluster: Cluster, devices: Sequence[Device]) -> Links:
     """Returns latency and inverse rate of each ordered pair, as if it were alone."""
     latency = np.full((len(devices), len(devices)), np.inf)
     s_per_byte = latency.copy()
-    for i, src in enumerate(devices):
-        for j, dst in enumerate(devices):
-            path = cluster.path(src.name, dst.name)
-            if path is not None:
-                s_per_byte[i, j], latency[i, j] = 1 / path[0], path[1]
+    index = {device.name: i for i, device in enumerate(devices)}
+    media = {medium.name: medium for medium in cluster.media}
+    for link in cluster.links:
+        if link.src in index and link.dst in index:
+            pair = index[link.src], index[link.dst]
+            crossed = [media[name] for name in link.media]
+            s_per_byte[pair] = max(
+                link.media.count(medium.name) / medium.rate_bytes_per_s for medium in crossed
+            )
+            latency[pair] = sum(medium.latency_s for medium in crossed)
     return Links(latency, s_per_byte)
 
 

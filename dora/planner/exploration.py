@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf, isfinite, log2
 
-from dora.planner.chains import Chain, Chains, twins
+from dora.planner.chains import Chain, Chains, shared_media, twins
 from dora.planner.codecs import CODECS
 from dora.planner.improve import Move, all_modes, changes, descend, regrouped
 from dora.planner.layouts import layouts
@@ -67,6 +67,7 @@ class Exploration:
         """Starts with nothing found."""
         self.wanted, self.max_loss, self.seed = wanted, max_loss, seed
         self.cluster = cluster
+        self.media = shared_media(cluster, settings[0].devices)
         # A good plan, found early, cuts off most of the rest: it often has about two micro-batches
         # for each device.
         guess = 2 * min(len(settings[0].devices), 8)
@@ -169,7 +170,7 @@ class Exploration:
         return sorted(chains, key=lambda c: c.bound(objective)), dropped
 
     def _spaces(self) -> list[Chains]:
-        return [Chains(known, self.cluster, self.max_loss) for known in self.settings]
+        return [Chains(k, self.media, self.twin_of, self.max_loss) for k in self.settings]
 
     def _cutoffs(self, objective: str) -> tuple[float, float]:
         """Returns what the bounds of a chain must be below to be of use."""

@@ -22,6 +22,8 @@ from dora.spec import BoundaryCodec
 # Blocks by which a cut moves.
 _STEPS = (-4, -2, -1, 1, 2, 4)
 
+# Kinds of unused devices that are tried in a plan; slower ones are of no use where these are not.
+MAX_SPARE = 10
 # Combinations of power modes that are all tried.
 MAX_MODES = 32
 
@@ -169,11 +171,7 @@ def _cuts(groups: Groups) -> Iterator[Groups]:
 
 def _devices(groups: Groups, known: Setting, twin_of: dict[int, int]) -> Iterator[Groups]:
     """Swaps, adds and drops devices."""
-    used = {d for group in groups for d in group.devices}
-    spare: dict[int, int] = {}
-    for d in range(len(known.devices)):
-        if d not in used:
-            spare.setdefault(twin_of[d], d)
+    spare = _spare(groups, known, twin_of)
     yield from _swaps(groups, twin_of)
     for s, group in enumerate(groups):
         for d in group.devices:
@@ -182,15 +180,25 @@ def _devices(groups: Groups, known: Setting, twin_of: dict[int, int]) -> Iterato
                 yield _with(groups, s, group._replace(devices=rest))
                 # A replica becomes a stage of its own, or joins another one.
                 yield from _split(groups, s, rest, d)
-            for e in spare.values():
+            for e in spare:
                 yield _with(groups, s, group._replace(devices=tuple(sorted((*rest, e)))))
             for t, other in enumerate(groups):
                 if t != s and rest:
                     joined = other._replace(devices=tuple(sorted((*other.devices, d))))
                     yield _with(_with(groups, s, group._replace(devices=rest)), t, joined)
-        for e in spare.values():
+        for e in spare:
             yield _with(groups, s, group._replace(devices=tuple(sorted((*group.devices, e)))))
             yield from _split(groups, s, group.devices, e)
+
+
+def _spare(groups: Groups, known: Setting, twin_of: dict[int, int]) -> list[int]:
+    """Returns the fastest devices that are in no stage, one of each set of equals."""
+    used = {d for group in groups for d in group.devices}
+    free: dict[int, int] = {}
+    for d in range(len(known.devices)):
+        if d not in used:
+            free.setdefault(twin_of[d], d)
+    return sorted(free.values(), key=lambda d: float(known.costs.forward_s[d, 0, -1]))[:MAX_SPARE]
 
 
 def _swaps(groups: Groups, twin_of: dict[int, int]) -> Iterator[Groups]:

@@ -137,8 +137,12 @@ def setting(
     workload: Workload,
     num_microbatches: int,
     devices: Sequence[Device] | None = None,
+    *,
+    like: Setting | None = None,
 ) -> Setting:
     """Collects the costs of a search; `devices` restricts it to some of the cluster.
+
+    What does not depend on the number of micro-batches is taken from `like`, if that is given.
 
     Raises:
         ValueError: A block has no timing for one of the devices, or the source is not a device.
@@ -151,10 +155,10 @@ def setting(
     return Setting(
         devices=chosen,
         costs=stage_costs(profile, chosen, workload, num_microbatches),
-        links=links(cluster, chosen),
+        links=like.links if like else links(cluster, chosen),
         training=workload.kind == "train",
         num_microbatches=num_microbatches,
-        network=network_of(cluster, names),
+        network=like.network if like else network_of(cluster, names),
         dtype=profile.dtype,
         source=None if workload.source is None else names.index(workload.source),
         decode=costs_at_size(profile, chosen, workload, workload.batch_size)

@@ -30,8 +30,8 @@ from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
 # between them gets the rest, and what the others did not need.
 EFFORT_SHARES = (0.35, 0.25, 0.1, 0.05)
 
-# Of a search whose effort is not given: a second for a home, half a minute for a campus.
-MIN_EFFORT_S, EFFORT_PER_DEVICE_S = 0.7, 0.15
+# Of a search whose effort is not given: a second for a home, a quarter of a minute for a campus.
+MIN_EFFORT_S, EFFORT_PER_DEVICE_S, MAX_EFFORT_S = 0.7, 0.15, 15.0
 
 # Times that the order of a plan's transfers is tried; the order by tails is rarely beaten.
 NETWORK_PLAYS = 20
@@ -107,7 +107,7 @@ def search(
         workload: See `plan`.
         qoe: See `plan`.
         effort_s: About the seconds to spend on playing layouts; None: 0.15 for each device,
-            0.7 at least.
+            from 0.7 to 15.
         seed: Of the order in which changes are tried.
 
     Raises:
@@ -117,9 +117,13 @@ def search(
     qoe = qoe or QoE()
     wanted = limits(workload, qoe)
     network = at_percentile(cluster, qoe.percentile) if qoe.percentile != 50 else cluster
-    settings = [setting(profile, network, workload, m) for m in microbatch_choices(workload)]
+    choices = microbatch_choices(workload)
+    first = setting(profile, network, workload, choices[0])
+    rest = (setting(profile, network, workload, m, like=first) for m in choices[1:])
+    settings = [first, *rest]
     if effort_s is None:
-        effort_s = max(MIN_EFFORT_S, EFFORT_PER_DEVICE_S * len(cluster.devices))
+        wanted_s = EFFORT_PER_DEVICE_S * len(cluster.devices)
+        effort_s = min(max(wanted_s, MIN_EFFORT_S), MAX_EFFORT_S)
     run = Exploration(settings, network, wanted, qoe.max_accuracy_loss, seed)
     run.walk_singles()
     stops = [effort_s * sum(EFFORT_SHARES[: i + 1]) for i in range(len(EFFORT_SHARES))]
