@@ -30,8 +30,8 @@ from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
 # between them gets the rest, and what the others did not need.
 EFFORT_SHARES = (0.35, 0.25, 0.1, 0.05)
 
-# Of a search whose effort is not given: a second for a home, a quarter of a minute for a campus.
-MIN_EFFORT_S, EFFORT_PER_DEVICE_S, MAX_EFFORT_S = 0.7, 0.15, 15.0
+# Of a search whose effort is not given: a second for a home, fifteen for hundreds of devices.
+MIN_EFFORT_S, EFFORT_PER_DEVICE_S, MAX_EFFORT_S = 0.6, 0.12, 15.0
 
 # Times that the order of a plan's transfers is tried; the order by tails is rarely beaten.
 NETWORK_PLAYS = 20
@@ -106,8 +106,8 @@ def search(
         cluster: See `plan`.
         workload: See `plan`.
         qoe: See `plan`.
-        effort_s: About the seconds to spend on playing layouts; None: 0.15 for each device,
-            from 0.7 to 15.
+        effort_s: About the seconds to spend on playing layouts; None: 0.12 for each device,
+            from 0.6 to 15.
         seed: Of the order in which changes are tried.
 
     Raises:

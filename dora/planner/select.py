@@ -51,7 +51,10 @@ class Candidate(NamedTuple):
         """
         other = "energy" if objective == "time" else "time"
         criteria = (self.value(objective), self.value(other), self.memory_share)
-        return (*(float(f"{value:.9g}") for value in criteria), repr(self.layout))
+        groups, counts, warmup, _, modes, codecs = self.layout
+        names = tuple((codec.forward, codec.backward) for codec in codecs)
+        rounded = (float(f"{value:.9g}") for value in criteria)
+        return (*rounded, groups, counts, warmup, modes, names)
 
 
 def best_single(found: Sequence[Candidate], objective: str) -> Candidate | None:
