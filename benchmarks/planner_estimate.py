@@ -14,7 +14,7 @@ from planner_instances import Instance, as_if_private, home
 
 from dora.planner import predict, search, step_costs
 from dora.planner.layouts import layouts
-from dora.scheduler import build_schedule, schedule_network
+from dora.scheduler import build_schedule, lower_bound_s, schedule_network
 from dora.simulator import compile_step, simulate
 from dora.spec import BoundaryCodec, Cluster, Plan, QoE
 
@@ -41,16 +41,21 @@ LABELS = {
 
 
 class Times(NamedTuple):
-    """Step times of one plan by the order of its transfers."""
+    """Step times of one plan by the order of its transfers.
+
+    Attributes:
+        least_s: What no order can beat.
+    """
 
     tails_s: float
     first_come_s: float
     fair_s: float
     scheduler_s: float
+    least_s: float
 
 
 def gains(seed: int) -> dict[str, float]:
-    """Returns the gains on one cluster, by the keys of `LABELS`, and its ratio."""
+    """Returns the gains on one cluster, by the keys of `LABELS`, its ratio, and the order's gap."""
     one, ratio = home(seed)
     aware, single = choose(one)
     aware_s, single_s = seconds(aware), seconds(single)
@@ -73,6 +78,8 @@ def gains(seed: int) -> dict[str, float]:
         "codecs": shallow_s / exact_s(one, codec=CODEC),
         "together": shallow_s / together_s,
         "ratio": ratio,
+        "gap": order.scheduler_s / order.least_s - 1,
+        "num_stages": len(aware.stages),
     }
 
 
@@ -121,4 +128,5 @@ def orders(one: Instance, plan: Plan) -> Times:
     )
     decided = schedule_network(plan, costs, one.cluster, max_plays=MAX_PLAYS)
     scheduler_s = simulate(plan, decided, costs, one.cluster).makespan_s
-    return Times(tails_s, first_come_s, fair_s, scheduler_s)
+    least_s = lower_bound_s(plan, schedule, costs, one.cluster)
+    return Times(tails_s, first_come_s, fair_s, scheduler_s, least_s)

@@ -5,22 +5,25 @@ Data flows one way; each arrow is a function between types of `dora.spec`:
     nn.Module + sample       --profiler-->   ModelProfile
     ModelProfile + Cluster   --planner-->    [Plan]
     Plan                     --scheduler-->  Schedule
+    Schedule                 --simulator-->  Timeline (predicted)
     Schedule                 --runtime-->    outputs + Timeline (measured)
 
 spec/         the vocabulary: devices, profiles, plans, actions, timelines
 files.py      reads and writes it; one-line errors
-catalog/      devices and networks by name; roofline times for devices not at hand
+catalog/      devices, networks, models and scenarios by name; roofline times for devices not at hand
 partition/    nn.Module -> chain of blocks
 profiler/     measures blocks and links
-planner/      which blocks on which devices
-scheduler/    what each rank does in which order
+planner/      which blocks on which devices; what other planners would choose
+scheduler/    what each rank does in which order, and how the network treats every transfer
+simulator/    plays a schedule on a contended network; traces of rates, speeds and churn
 runtime/      DoraParallel: training and inference; the torch.distributed backend "dora"
-_C            the communication engine in C++, from csrc/: priorities, chunks, authentication
+_C            in C++, from csrc/: the communication engine, the simulation, the search over chains
 keys.py       where the job's secret comes from
 search.py     profile + plan in one call, for DoraParallel's `plan`
-simulator/    timelines as Perfetto traces and text
-cli.py        the command `dora`; cli_network.py doctor and keys, console.py what they print with,
-              views.py tables, doctor.py, peercheck.py and factory.py the questions they ask
+compare.py    Dora beside other planners, all played alike; judge.py the true cost of any plan
+report/       figures: Gantt per device and medium, Pareto front
+cli.py        the command `dora`; cli_plan.py plan, simulate and compare, cli_network.py doctor and
+              keys, console.py what they print with, views.py tables, doctor.py, peercheck.py and factory.py the questions they ask
 demo/         what `dora demo` trains, measures and shows
 """
 
