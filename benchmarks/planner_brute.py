@@ -112,10 +112,9 @@ class Brute:
         self.num_played = 0
         self.worst_bound = 0.0  # largest bound over value of any plan: above 1 if bounds are wrong
         self._modes: dict[tuple[int, ...], list[tuple[tuple[int, str], ...]]] = {}
-        spaces = [
-            Chains(known, shared_media(cluster, known.devices), twins(known), max_loss)
-            for known in self.settings
-        ]
+        media = shared_media(cluster, cluster.devices)
+        twin_of = twins(self.settings[0], media)
+        spaces = [Chains(known, media, twin_of, max_loss) for known in self.settings]
         self.spaces = spaces
         for i, space in enumerate(spaces):
             found, dropped = _C.enumerate_chains(

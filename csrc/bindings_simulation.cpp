@@ -136,6 +136,7 @@ void bindProgram(py::module_& m) {
           "compute",
           [](PyProgram& self, std::size_t rank, double duration_s, std::int32_t after,
              double not_before_s) {
+            if (after != kNone) self.transfer(after);
             self.rank(rank).push_back({Op::kCompute, after, duration_s, not_before_s});
             return self.rank(rank).size() - 1;
           },
@@ -173,8 +174,6 @@ void bindProgram(py::module_& m) {
           py::arg("at_s"), py::arg("rank"), py::arg("factor"))
       .def_property_readonly("num_transfers",
                              [](const PyProgram& self) { return self.program.transfers.size(); })
-      .def("num_ops",
-           [](const PyProgram& self, std::size_t rank) { return self.program.ranks.at(rank).size(); })
       .def("tails", [](const PyProgram& self) { return tails(self.program); }, Unlocked())
       .def("prioritise",
            [](PyProgram& self, const std::vector<double>& priorities) {

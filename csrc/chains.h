@@ -50,7 +50,7 @@ struct Chain {
 
 struct Chains {
   std::vector<Chain> found;  // best bound first
-  double dropped_bound;      // least one that the width has cut off; infinite if none
+  double dropped_bound;      // least one that `width` or `per_state` cut off; infinite if none
 };
 
 Chains enumerateChains(const ChainProblem& problem);

@@ -145,10 +145,6 @@ void Network::connect(std::size_t src, std::size_t dst, Path path, double latenc
   path_of_.at(src * num_devices_ + dst) = std::make_shared<const Path>(std::move(path));
 }
 
-bool Network::isConnected(std::size_t src, std::size_t dst) const {
-  return path_of_[src * num_devices_ + dst] != nullptr;
-}
-
 Transfer Network::transfer(std::size_t src, std::size_t dst, double num_bytes) const {
   std::size_t pair = src * num_devices_ + dst;
   if (!path_of_.at(pair))

@@ -18,7 +18,6 @@ class Network {
   void connect(std::size_t src, std::size_t dst, Path path, double latency_s);
 
   std::size_t numDevices() const { return num_devices_; }
-  bool isConnected(std::size_t src, std::size_t dst) const;
   std::shared_ptr<const std::vector<FluidMedium>> media() const { return media_; }
 
   // A transfer between two devices; std::invalid_argument if no link joins them.

@@ -66,7 +66,8 @@ struct Played {
   std::vector<Interval> transfers;                 // first byte to arrival
 };
 
-// Plays a program to its end, in O((ops + transfers) (log ranks + flows at once)).
+// Plays a program to its end, in O((ops + transfers) (log ranks + flows at once)) by priority; fair
+// sharing is quadratic in the flows at once.
 Played play(const Program& program);
 
 // Returns, per transfer, the longest path in seconds from its arrival to the end of the program, if

@@ -384,7 +384,6 @@ class Program:
     def change_speed(self, at_s: float, rank: int, factor: float) -> None: ...
     @property
     def num_transfers(self) -> int: ...
-    def num_ops(self, rank: int) -> int: ...
     def tails(self) -> list[float]:
         """Per transfer, the longest path from its arrival to the end, without contention."""
     def prioritise(self, priorities: Sequence[float]) -> None: ...
@@ -477,5 +476,5 @@ def enumerate_chains(
 
     Returns:
         (seconds, joules, groups, ends of their blocks) of each, and the least bound of what was cut
-        off for the width, infinite if nothing was.
+        off for `width` or `per_state`, infinite if nothing was.
     """

@@ -10,7 +10,7 @@ Data flows one way; each arrow is a function between types of `dora.spec`:
 
 spec/         the vocabulary: devices, profiles, plans, actions, timelines
 files.py      reads and writes it; one-line errors
-catalog/      devices, networks, models and scenarios by name; roofline times for devices not at hand
+catalog/      devices, networks, models and scenarios by name; roofline times without a device
 partition/    nn.Module -> chain of blocks
 profiler/     measures blocks and links
 planner/      which blocks on which devices; what other planners would choose
@@ -23,7 +23,8 @@ search.py     profile + plan in one call, for DoraParallel's `plan`
 compare.py    Dora beside other planners, all played alike; judge.py the true cost of any plan
 report/       figures: Gantt per device and medium, Pareto front
 cli.py        the command `dora`; cli_plan.py plan, simulate and compare, cli_network.py doctor and
-              keys, console.py what they print with, views.py tables, doctor.py, peercheck.py and factory.py the questions they ask
+              keys, console.py what they print with, views.py tables, doctor.py, peercheck.py and
+              factory.py the questions they ask
 demo/         what `dora demo` trains, measures and shows
 """
 

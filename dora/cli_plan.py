@@ -14,7 +14,7 @@ import typer
 from dora import catalog, views
 from dora.compare import Comparison, compare, reasons
 from dora.console import FORCE, check_free, err, out, progress_of, waiting
-from dora.errors import SpecError
+from dora.errors import ScheduleError, SpecError
 from dora.files import load, save, validate
 from dora.planner import SearchResult, step_costs
 from dora.profiler import load_profiles
@@ -118,7 +118,9 @@ def simulate_command(
     cluster_file: CLUSTER,
     *,
     also: ALSO = None,
-    kind: Annotated[str | None, typer.Option(help="Default: what the plan is for.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Default: infer for a wavefront plan, else train.")
+    ] = None,
     batch: BATCH = None,
     prompt_tokens: PROMPT = None,
     source: SOURCE = None,
@@ -164,6 +166,8 @@ def simulate_command(
                 )
             )  # fmt: skip
             start_s += timelines[-1].makespan_s
+    except ScheduleError:
+        raise
     except ValueError as error:
         # A plan may be edited by hand: a power mode or a link that the cluster does not have.
         raise SpecError(f"{plan_file}: {error}") from None
@@ -247,6 +251,11 @@ def compare_command(
     if file is not None:
         check_free(file, force)
     if cluster_file is None:
+        if any((also, qoe_file, kind, batch, prompt_tokens, new_tokens, source)):
+            raise SpecError(
+                f"{what}: given options of a workload, allowed beside a scenario: --cell, --out, "
+                "--json, --force"
+            )
         cluster, cells = _scenario(what, cell)
     else:
         cluster = catalog.load_cluster(cluster_file)

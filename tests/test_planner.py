@@ -402,7 +402,8 @@ def test_search_against_brute_force(problem, slack):
 
 def bounds_of(known, cluster):
     """Returns every chain by its groups."""
-    chains, _ = Chains(known, shared_media(cluster, known.devices), twins(known), 0.0).enumerate(
+    media = shared_media(cluster, known.devices)
+    chains, _ = Chains(known, media, twins(known, media), 0.0).enumerate(
         "time", cutoff_s=inf, cutoff_j=inf, width=10**6, per_state=10**6
     )
     return {chain.groups: chain for chain in chains}
@@ -631,13 +632,13 @@ def test_equal_devices_are_tried_once():
     profile = make_profile({n: [0.1] * 4 for n in "abcd"})
     cluster = make_cluster(devices)
     known = setting(profile, cluster, Workload(batch_size=8), 8)
-    assert twins(known) == {0: 0, 1: 0, 2: 0, 3: 0}
+    assert twins(known, shared_media(cluster, known.devices)) == {0: 0, 1: 0, 2: 0, 3: 0}
     orders = {tuple(g.devices for g in groups) for groups in bounds_of(known, cluster)}
     # One per sequence of group sizes: the compositions of 1, 2, 3 and 4.
     assert len(orders) == 1 + 2 + 4 + 8
     # The device with the inputs is not like the others.
     known = setting(profile, cluster, Workload(batch_size=8, source="b"), 8)
-    assert twins(known) == {0: 0, 1: 1, 2: 0, 3: 0}
+    assert twins(known, shared_media(cluster, known.devices)) == {0: 0, 1: 1, 2: 0, 3: 0}
 
 
 def test_many_devices_are_all_searched():

@@ -24,6 +24,8 @@ MAX_SUBSETS = 7
 MAX_GROUPS = 160
 # Media whose load is bounded; a cluster has few that several devices send on.
 MAX_MEDIA = 8
+# As in csrc/chains.cpp.
+MAX_DEVICES = 256
 
 
 class Chain(NamedTuple):
@@ -158,9 +160,11 @@ def _whole_request(known: Setting, decode: StageCosts) -> StageCosts:
     pipeline holds for such a share of them too.
     """
     share = _further_passes(known)
+    passed = decode.boundary_bytes * share
+    passed[0] = 0  # a further token does not come from the source
     return known.costs._replace(
         forward_s=known.costs.forward_s + decode.forward_s * share,
-        boundary_bytes=known.costs.boundary_bytes + decode.boundary_bytes * share,
+        boundary_bytes=known.costs.boundary_bytes + passed,
     )
 
 
@@ -226,15 +230,21 @@ def _groups(known: Setting, twin_of: dict[int, int]) -> Iterator[tuple[int, ...]
             yield ordered
 
 
-def twins(known: Setting) -> dict[int, int]:
-    """Maps each device to the first one that it can not be told from by any cost."""
+def twins(known: Setting, media: Sequence[Array]) -> dict[int, int]:
+    """Maps each device to the first one that it can not be told from by any cost.
+
+    Args:
+        known: Any setting of the devices.
+        media: From `shared_media`.
+    """
     first: dict[int, int] = {}
     for d in range(len(known.devices)):
-        first[d] = next((e for e in range(d) if first[e] == e and _are_twins(known, d, e)), d)
+        alike = (e for e in range(d) if first[e] == e and _are_twins(known, media, d, e))
+        first[d] = next(alike, d)
     return first
 
 
-def _are_twins(known: Setting, d: int, e: int) -> bool:
+def _are_twins(known: Setting, media: Sequence[Array], d: int, e: int) -> bool:
     a, b = known.devices[d], known.devices[e]
     costs = known.costs
     return (
@@ -242,12 +252,18 @@ def _are_twins(known: Setting, d: int, e: int) -> bool:
         and np.array_equal(costs.forward_s[d], costs.forward_s[e])
         and np.array_equal(costs.backward_s[d], costs.backward_s[e])
         and a.model_copy(update={"name": ""}) == b.model_copy(update={"name": ""})
-        and _are_linked_alike(known.links, d, e)
+        and _are_linked_alike(known.links, media, d, e)
     )
 
 
-def _are_linked_alike(links: Links, d: int, e: int) -> bool:
+def _are_linked_alike(links: Links, media: Sequence[Array], d: int, e: int) -> bool:
     swap = np.arange(len(links.latency_s))
     swap[[d, e]] = e, d
+
+    def swapped(table: Array) -> Array:
+        return np.ascontiguousarray(table[np.ix_(swap, swap)])
+
+    # As a set: what only one of the two uses may be like what only the other one does.
+    same_media = {m.tobytes() for m in media} == {swapped(m).tobytes() for m in media}
     tables = (links.latency_s, links.s_per_byte)
-    return all(np.array_equal(t, t[np.ix_(swap, swap)]) for t in tables)
+    return same_media and all(np.array_equal(t, swapped(t)) for t in tables)

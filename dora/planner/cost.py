@@ -1,4 +1,4 @@
-"""What a placement costs: seconds per block and transfer, bytes per device, joules.
+"""What a placement costs: seconds per block and transfer, bytes per device.
 
 Pure functions of the profile, the cluster and the workload. `links` gives what each ordered pair
 of devices has alone, whatever else is sent; contention is priced where a step is played.
@@ -224,28 +224,6 @@ def links(cluster: Cluster, devices: Sequence[Device]) -> Links:
             )
             latency[pair] = sum(medium.latency_s for medium in crossed)
     return Links(latency, s_per_byte)
-
-
-def ring_s(devices: Sequence[int], num_bytes: Array | float, links: Links) -> Array:
-    """Returns the seconds of a ring all-reduce over those devices, per entry of `num_bytes`.
-
-    Each of 2(k-1) rounds sends 1/k of the bytes, at the pace of the slowest link of the ring.
-    See Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, JPDC 2009.
-    """
-    k, sizes = len(devices), np.asarray(num_bytes, dtype=float)
-    ring = [(d, devices[(i + 1) % k]) for i, d in enumerate(devices)] if k > 1 else []
-    slowest = np.zeros_like(sizes)
-    for a, b in ring:
-        latency, s_per_byte = links.latency_s[a, b], links.s_per_byte[a, b]
-        is_link = np.isfinite(latency)
-        link_s = sizes / k * s_per_byte + latency if is_link else np.full_like(sizes, np.inf)
-        slowest = np.maximum(slowest, link_s)
-    return np.where(sizes > 0, 2 * (k - 1) * slowest, 0.0)
-
-
-def ring_bytes(num_devices: int, num_bytes: float) -> float:
-    """Returns the bytes that each device of a ring all-reduce sends, and receives."""
-    return 2 * (num_devices - 1) / num_devices * num_bytes
 
 
 def share_microbatches(

@@ -55,7 +55,7 @@ class Exploration:
         found: Every layout that was played and has the memory.
         seen: The same by layout; None where memory or a link is missing.
         unfit: Placement -> why it can not run.
-        unwalked: Placement -> (least time, least energy) of those never played.
+        unwalked: Placement -> (least time, least energy) of every chain that was bounded.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Exploration:
         guess = 2 * min(len(settings[0].devices), 8)
         self.settings = sorted(settings, key=lambda k: abs(log2(k.num_microbatches / guess)))
         self.by_size = {known.num_microbatches: known for known in settings}
-        self.twin_of = twins(settings[0])
+        self.twin_of = twins(settings[0], self.media)
         self.found: list[Candidate] = []
         self.seen: dict[Layout, Candidate | None] = {}
         self.unfit: dict[tuple[tuple[int, ...], ...], str] = {}

@@ -82,6 +82,9 @@ def predict(profile: ModelProfile, cluster: Cluster, workload: Workload, plan: P
 def layout_of(plan: Plan, known: Setting) -> Layout:
     """Returns a plan as a layout; routes that no shares give become the shares they have."""
     index = {device.name: d for d, device in enumerate(known.devices)}
+    for name in (r.device for stage in plan.stages for r in stage.replicas):
+        if name not in index:
+            raise ValueError(f"plan: given device {name!r}, allowed: {', '.join(index)}")
     groups = tuple(
         Group(s.first_block, s.last_block + 1, tuple(index[r.device] for r in s.replicas))
         for s in plan.stages
@@ -155,7 +158,14 @@ def step_costs(
 
 def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
     """Returns the same for a layout and the plan made from it."""
-    ranks = {d: plan.devices.index(known.devices[d].name) for d in range(len(known.devices))}
+    ranks = {
+        d: plan.devices.index(device.name)
+        for d, device in enumerate(known.devices)
+        if device.name in plan.devices
+    }
+    if known.source is not None and known.source not in ranks:
+        name = known.devices[known.source].name
+        raise ValueError(f"source: given {name!r}, allowed: {', '.join(plan.devices)}")
     compute_s: dict[tuple[int, str], float] = {}
     fixed, kept, factors = ([value] * len(plan.devices) for value in (0.0, 0.0, 1.0))
     for stage, group in zip(plan.stages, layout.groups, strict=True):

@@ -228,7 +228,8 @@ def _with_tokens(
     The id of a token returns from the last stage to the first before the next one can start.
     """
     single = layout._replace(counts=tuple((1, *[0] * (len(c) - 1)) for c in layout.counts))
-    price = as_step(single, known, decode).price(known.network)
+    # What follows the prompt does not come from the source.
+    price = as_step(single, known._replace(source=None), decode).price(known.network)
     step = _prediction(layout, known, price, prefill.peak_bytes)
     first, last = layout.groups[0].devices[0], layout.groups[-1].devices[0]
     back_s = float(known.links.latency_s[last, first]) if first != last else 0.0
@@ -342,6 +343,9 @@ def is_linked(groups: Sequence[Group], known: Setting) -> bool:
         pairs += [(e, d) for d, e in pairs]
         for devices, _ in reductions(Layout(tuple(groups), (), (), ""), known.costs):
             pairs += [(d, devices[(i + 1) % len(devices)]) for i, d in enumerate(devices)]
+    first, last = groups[0].devices[0], groups[-1].devices[0]
+    if known.decode is not None and first != last:
+        pairs.append((last, first))  # the id of each token returns
     if known.source is not None:
         pairs += [(known.source, d) for d in groups[0].devices if d != known.source]
     return bool(np.isfinite([latency[pair] for pair in pairs]).all())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dora.planner.layouts import to_plan
-from dora.planner.limits import Limit, broken
+from dora.planner.limits import Limit
 from dora.planner.predict import Group, Layout, Prediction, Setting
 from dora.spec import Device, Plan
 
@@ -140,24 +140,24 @@ def rejections(
     chosen: Sequence[Candidate],
     unfit: Mapping[Placement, str],
     unwalked: Mapping[Placement, tuple[float, float]],
-    settings: Sequence[Setting],
+    devices: Sequence[Device],
+    *,
+    is_optimal: bool,
 ) -> list[tuple[str, str]]:
     """Returns what was not kept and why: one entry per order of devices, fastest first."""
-    known = settings[0]
     done = {c.placement for c in chosen}
     entries: list[tuple[float, str, str]] = []
     for candidate in sorted(found, key=lambda c: (bool(c.failed), c.order("time"))):
         if candidate.placement not in done:
             done.add(candidate.placement)
-            text = describe(
-                candidate.layout.groups, known.devices, candidate.layout.num_microbatches
-            )
+            layout = candidate.layout
+            text = describe(layout.groups, devices, layout.num_microbatches)
             entries.append((candidate.value("time"), text, _why(candidate, chosen)))
     unknown = dict.fromkeys(unfit, (float("inf"), float("inf")))
     for placement, (bound_s, bound_j) in {**unknown, **unwalked}.items():
         if placement not in done:
-            text = " | ".join("+".join(known.devices[d].name for d in g) for g in placement)
-            reason = unfit.get(placement) or _why_unwalked(placement, bound_s, bound_j, known)
+            text = " | ".join("+".join(devices[d].name for d in g) for g in placement)
+            reason = unfit.get(placement) or f"takes at least {bound_s:.4g} s and {bound_j:.4g} J"
             # Without any room there is no time to sort by; a device that can not do it alone is
             # what the user wants to know first.
             is_alone = len(placement) == len(placement[0]) == 1
@@ -165,7 +165,9 @@ def rejections(
             entries.append((bound_s if np.isfinite(bound_s) else none, text, reason))
     entries.sort(key=lambda entry: entry[:2])
     shown = [(text, reason) for _, text, reason in entries[:MAX_REJECTED]]
-    return [*shown, ("all others", "their bounds exceed the plans kept or the QoE")]
+    why = "their bounds exceed the plans kept or the QoE"
+    rest = why if is_optimal else f"{why}, or no effort was left for them"
+    return [*shown, ("all others", rest)]
 
 
 def _why(candidate: Candidate, chosen: Sequence[Candidate]) -> str:
@@ -189,30 +191,12 @@ def _why(candidate: Candidate, chosen: Sequence[Candidate]) -> str:
     return f"{figures}: worse than {text}"
 
 
-def _why_unwalked(placement: Placement, bound_s: float, bound_j: float, known: Setting) -> str:
-    """Returns why a placement was rejected by its bounds alone."""
-    if np.isfinite(bound_s):
-        return f"takes at least {bound_s:.4g} s and {bound_j:.4g} J"
-    for a, b in zip(placement, placement[1:], strict=False):
-        for src, dst in [(d, e) for d in a for e in b]:
-            pairs = ((src, dst), (dst, src)) if known.training else ((src, dst),)
-            for i, j in pairs:
-                if not np.isfinite(known.links.latency_s[i, j]):
-                    return f"no link {known.devices[i].name} -> {known.devices[j].name}"
-    return "no split fits the memory, the number of blocks or of micro-batches"
-
-
-def nearest_text(
-    found: Sequence[Candidate], wanted: Sequence[Limit], unfit: Mapping[Placement, str]
-) -> str:
+def nearest_text(found: Sequence[Candidate], unfit: Mapping[Placement, str]) -> str:
     """Returns in one line which bound no plan keeps, and the plan that comes nearest."""
     if not found:
         reasons = "; ".join(sorted(set(unfit.values()))[:3])
-        return f"no placement fits the memory: {reasons}" if reasons else "no placement exists"
-    judged = [
-        c._replace(failed=broken(tuple(wanted), c.layout, c.prediction, c.known)) for c in found
-    ]
-    nearest = min(judged, key=lambda c: (_excess(c), c.order("time")))
+        return f"no placement can run: {reasons}" if reasons else "no placement exists"
+    nearest = min(found, key=lambda c: (_excess(c), c.order("time")))
     text = describe(nearest.layout.groups, nearest.known.devices, nearest.layout.num_microbatches)
     names = ", ".join(f"{limit} (it reaches {value:.4g})" for limit, value in nearest.failed)
     return (

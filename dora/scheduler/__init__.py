@@ -1,7 +1,7 @@
 """From a plan to what every rank does in which order.
 
 pipeline.py   build_schedule: GPipe, 1F1B and the inference wavefront as lists of Actions
-network.py    schedule_network: priority, chunks and pace of every transfer
+network.py    schedule_network: priority and chunks of every transfer
 bound.py      lower_bound_s: what no order of the transfers can beat
 deadlines.py  deadlines: the order in which messages leave, as decided or by their consumers
 validate.py   validate: right actions, no deadlock, memory bounds; peaks and a text grid

@@ -127,7 +127,9 @@ def _crossing(
     src: int, dst: int, num_bytes: float, before: tuple[int, ...], plan: Plan, cluster: Cluster
 ) -> tuple[float, tuple[int, ...], tuple[tuple[str, float], ...]]:
     ends = plan.devices[src], plan.devices[dst]
-    media = next(link.media for link in cluster.links if (link.src, link.dst) == ends)
+    media = next((link.media for link in cluster.links if (link.src, link.dst) == ends), None)
+    if media is None:
+        raise ValueError(f"no link from {ends[0]} to {ends[1]}")
     known = {medium.name: medium for medium in cluster.media}
     uses = tuple(
         (

@@ -1,4 +1,4 @@
-"""Decides how the network treats every transfer: who goes first, in what pieces, how fast.
+"""Decides how the network treats every transfer: who goes first, and in what pieces.
 
 A transfer has a release, when its producer ends, and a tail, the longest path that remains once it
 has arrived. On one shared medium with preemption, largest tail first is optimal (Jackson's
@@ -14,7 +14,6 @@ two senders fight for one channel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 from random import Random
 
 from dora import _C
@@ -66,23 +65,29 @@ def schedule_network(
 
 
 def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[float]:
-    """Returns the priority of every transfer, never worse than first come first served.
+    """Returns the priority of every transfer, never worse than tails or first come first served.
+
+    Rounds of reductions and inputs are in no plan: they keep their tails.
 
     Args:
         compiled: Its program is left with these priorities.
-        max_plays: Times that it is simulated.
+        max_plays: Orders that are tried.
         seed: Of the order in which swaps are tried.
     """
     program = compiled.program
     tails = program.tails()
+
+    def planned(order: Sequence[float]) -> list[float]:
+        return [p if t in compiled.sends else tails[t] for t, p in enumerate(order)]
+
     # In order of preference where they are equally good.
-    orders = [tails, _by_consumer(compiled), [0.0] * len(tails)]
+    orders = [tails, planned(_by_consumer(compiled)), planned([0.0] * len(tails))]
     values = [_play(program, order).end_s for order in orders]
     value = min(values)
     best = list(orders[values.index(value)])
     random, plays = Random(seed), len(orders)
     while plays < max_plays:
-        swaps = _swaps(program, best)
+        swaps = [pair for pair in _swaps(program, best) if compiled.sends.keys() >= set(pair)]
         random.shuffle(swaps)
         for a, b in swaps[: max_plays - plays]:
             plays += 1
@@ -104,7 +109,7 @@ def _play(program: _C.Program, priorities: Sequence[float]) -> _C.Played:
 
 
 def _by_consumer(compiled: Compiled) -> list[float]:
-    """Returns the order in which consumers start where nothing waits for the network, negated."""
+    """Returns when each consumer starts if messages go first come first served, negated."""
     program = compiled.program
     starts = [0.0] * program.num_transfers
     played = program.play()
@@ -113,7 +118,7 @@ def _by_consumer(compiled: Compiled) -> list[float]:
         for position, _, after in computes:
             if after >= 0:
                 starts[after] = -ops[position][0]
-    return starts if all(map(isfinite, starts)) else [0.0] * len(starts)
+    return starts
 
 
 def _swaps(program: _C.Program, priorities: Sequence[float]) -> list[tuple[int, int]]:
@@ -148,5 +153,4 @@ def _transfer(
         action=action,
         priority=priority,
         chunk_bytes=int(min(max(path[0] * CHUNK_S, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)),
-        pace_bytes_per_s=path[0],
     )

@@ -65,17 +65,18 @@ def load_dynamics(path: str | os.PathLike[str], cluster: Cluster) -> Dynamics:
     """
     names = {m.name for m in cluster.media} | {d.name for d in cluster.devices}
     entries = []
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != _COLUMNS:
-            raise SpecError(f"{path}: given columns {rows.fieldnames}, allowed {list(_COLUMNS)}")
-        for row in rows:
-            where = f"{path} line {rows.line_num}"
-            if row["name"] not in names:
-                raise SpecError(f"{where}: given {row['name']!r}, allowed: {sorted(names)}")
-            entries.append(
-                (_number(row["at_s"], where), row["name"], _number(row["factor"], where))
-            )
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: given bytes that are not UTF-8, allowed: a CSV file") from None
+    rows = csv.DictReader(text.splitlines())
+    if tuple(rows.fieldnames or ()) != _COLUMNS:
+        raise SpecError(f"{path}: given columns {rows.fieldnames}, allowed {list(_COLUMNS)}")
+    for row in rows:
+        where = f"{path} line {rows.line_num}"
+        if row["name"] not in names:
+            raise SpecError(f"{where}: given {row['name']!r}, allowed: {sorted(names)}")
+        entries.append((_number(row["at_s"], where), row["name"], _number(row["factor"], where)))
     return Dynamics(tuple(sorted(entries, key=lambda entry: entry[0])))
 
 
