@@ -15,6 +15,7 @@ from planner_instances import Instance, as_if_private, home
 from dora.planner import predict, search, step_costs
 from dora.planner.layouts import layouts
 from dora.scheduler import build_schedule, lower_bound_s, schedule_network
+from dora.scheduler.network import first_come
 from dora.simulator import compile_step, simulate
 from dora.spec import BoundaryCodec, Cluster, Plan, QoE
 
@@ -118,11 +119,11 @@ def orders(one: Instance, plan: Plan) -> Times:
     """Plays one plan with different orders of its transfers."""
     costs = step_costs(one.profile, one.cluster, one.workload, plan)
     schedule = build_schedule(plan)
-    priority = compile_step(plan, schedule, costs, one.cluster).program
-    priority.prioritise([0.0] * priority.num_transfers)
-    first_come_s = priority.play().end_s
-    priority.prioritise(priority.tails())
-    tails_s = priority.play().end_s
+    compiled = compile_step(plan, schedule, costs, one.cluster)
+    compiled.program.prioritise(first_come(compiled))
+    first_come_s = compiled.program.play().end_s
+    compiled.program.prioritise(compiled.program.priorities())
+    tails_s = compiled.program.play().end_s
     fair_s = (
         compile_step(plan, schedule, costs, one.cluster, discipline="fair").program.play().end_s
     )

@@ -175,6 +175,7 @@ void bindProgram(py::module_& m) {
       .def_property_readonly("num_transfers",
                              [](const PyProgram& self) { return self.program.transfers.size(); })
       .def("tails", [](const PyProgram& self) { return tails(self.program); }, Unlocked())
+      .def("priorities", [](const PyProgram& self) { return priorities(self.program); }, Unlocked())
       .def("prioritise",
            [](PyProgram& self, const std::vector<double>& priorities) {
              for (std::size_t t = 0; t < priorities.size(); t++)

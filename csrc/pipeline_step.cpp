@@ -176,6 +176,7 @@ void appendAllReduce(Program& program, const Network& network, const std::vector
     for (std::size_t i = 0; i < k; i++) {
       Transfer transfer = network.transfer(ranks[i], ranks[(i + 1) % k], num_bytes / k);
       transfer.needs_receive = false;
+      transfer.is_reduction = true;
       program.transfers.push_back(transfer);
       program.ranks[ranks[i]].push_back({Op::kSend, first + static_cast<std::int32_t>(i), 0, 0});
     }
@@ -208,8 +209,8 @@ std::vector<std::vector<int>> inFlight(const Step& step) {
 
 Price price(const Network& network, const Step& step, Discipline discipline) {
   Program program = buildStep(network, step, discipline);
-  std::vector<double> tail_s = tails(program);
-  for (std::size_t t = 0; t < tail_s.size(); t++) program.transfers[t].priority = tail_s[t];
+  std::vector<double> priority = priorities(program);
+  for (std::size_t t = 0; t < priority.size(); t++) program.transfers[t].priority = priority[t];
   Played played = play(program);
   double interval_s = busiestMediumS(program);
   for (double busy_s : played.busy_s) interval_s = std::max(interval_s, busy_s);

@@ -11,6 +11,8 @@ namespace {
 constexpr double kNever = std::numeric_limits<double>::infinity();
 // Of a transfer's bytes; what is left of them by rounding is sent.
 constexpr double kRounding = 1e-12;
+// Longer than any tail.
+constexpr double kBehindAll = 1e6;
 
 class Player {
  public:
@@ -370,6 +372,13 @@ std::vector<double> tails(const Program& program) {
     }
   }
   return tail_s;
+}
+
+std::vector<double> priorities(const Program& program) {
+  std::vector<double> priority = tails(program);
+  for (std::size_t t = 0; t < priority.size(); t++)
+    if (program.transfers[t].is_reduction) priority[t] -= kBehindAll;
+  return priority;
 }
 
 }  // namespace dora::sim

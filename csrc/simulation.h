@@ -32,6 +32,7 @@ struct Transfer {
   double not_before_s = 0;
   bool needs_send = true;  // false: it is there from `not_before_s` on, as a camera's frames are
   bool needs_receive = true;
+  bool is_reduction = false;  // a round of an all-reduce
 };
 
 // From `at_s` on, a medium's rate or a rank's speed is `factor` times what it was given as.
@@ -74,5 +75,9 @@ Played play(const Program& program);
 // no transfer ever waited for another. On one shared medium with preemption the order by largest
 // tail is optimal: Jackson's rule, see Carlier, "The one-machine sequencing problem", EJOR 1982.
 std::vector<double> tails(const Program& program);
+
+// Returns the tails, but all rounds of reductions behind everything else: the engine sends gradients
+// in a class below activations.
+std::vector<double> priorities(const Program& program);
 
 }  // namespace dora::sim

@@ -174,8 +174,7 @@ def test_every_send_has_a_transfer(step, training):
         assert t.action in plain.actions_by_rank[t.src]
         assert t.num_bytes == costs.send_bytes[t.action.stage, t.action.kind]
         assert 16 * KIB <= t.chunk_bytes <= MIB
-        path = cluster.path(plan.devices[t.src], plan.devices[t.dst])
-        assert t.pace_bytes_per_s == pytest.approx(path[0])
+        assert t.pace_bytes_per_s is None, "the engine paces by the rate that it measures"
         receive = t.action._replace(
             stage=t.action.stage + (1 if t.action.kind == "SEND_F" else -1),
             kind=t.action.kind.replace("SEND", "RECV"),

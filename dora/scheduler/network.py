@@ -8,7 +8,8 @@ the best of a few orders is improved by swapping neighbours while that helps in 
 `dora.scheduler.bound` says how far from optimal the result can be at most.
 
 The engine enacts the result: strict priority per peer, and per medium by its arbiter, which lets no
-two senders fight for one channel.
+two senders fight for one channel. The pace is the engine's own: it follows the rate that it
+measures, not one that a plan was made for.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def schedule_network(
 def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[float]:
     """Returns the priority of every transfer, never worse than tails or first come first served.
 
-    Rounds of reductions and inputs are in no plan: they keep their tails.
+    Rounds of reductions and inputs are in no plan: they keep `Program.priorities`.
 
     Args:
         compiled: Its program is left with these priorities.
@@ -75,13 +76,8 @@ def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[flo
         seed: Of the order in which swaps are tried.
     """
     program = compiled.program
-    tails = program.tails()
-
-    def planned(order: Sequence[float]) -> list[float]:
-        return [p if t in compiled.sends else tails[t] for t, p in enumerate(order)]
-
     # In order of preference where they are equally good.
-    orders = [tails, planned(_by_consumer(compiled)), planned([0.0] * len(tails))]
+    orders = [program.priorities(), _by_consumer(compiled), first_come(compiled)]
     values = [_play(program, order).end_s for order in orders]
     value = min(values)
     best = list(orders[values.index(value)])
@@ -108,17 +104,28 @@ def _play(program: _C.Program, priorities: Sequence[float]) -> _C.Played:
     return program.play()
 
 
+def first_come(compiled: Compiled) -> list[float]:
+    """Returns the priorities that serve messages in the order in which they are ready."""
+    return _planned(compiled, [0.0] * compiled.program.num_transfers)
+
+
+def _planned(compiled: Compiled, order: Sequence[float]) -> list[float]:
+    """Returns that order for what a plan carries, and the default for the rest."""
+    default = compiled.program.priorities()
+    return [p if t in compiled.sends else default[t] for t, p in enumerate(order)]
+
+
 def _by_consumer(compiled: Compiled) -> list[float]:
     """Returns when each consumer starts if messages go first come first served, negated."""
     program = compiled.program
     starts = [0.0] * program.num_transfers
-    played = program.play()
+    played = _play(program, first_come(compiled))
     for rank, computes in enumerate(compiled.computes):
         ops = played.ops(rank)
         for position, _, after in computes:
             if after >= 0:
                 starts[after] = -ops[position][0]
-    return starts
+    return _planned(compiled, starts)
 
 
 def _swaps(program: _C.Program, priorities: Sequence[float]) -> list[tuple[int, int]]:

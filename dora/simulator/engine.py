@@ -255,8 +255,11 @@ def _add_inputs(
 
 
 def _prioritise(compiled: Compiled, schedule: Schedule) -> None:
-    """Gives every transfer that the schedule does not name its tail as priority."""
-    priorities = compiled.program.tails()
+    """Gives every transfer that the schedule does not name its tail as priority.
+
+    Gradients go behind all that: the engine sends them in a class below activations.
+    """
+    priorities = compiled.program.priorities()
     given = {transfer.action: transfer.priority for transfer in schedule.transfers}
     for t, action in compiled.sends.items():
         priorities[t] = given.get(action, priorities[t])
