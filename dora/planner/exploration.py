@@ -10,7 +10,7 @@ from math import inf, isfinite, log2
 
 import numpy as np
 
-from dora.planner.chains import Chain, Chains, shared_media, twins
+from dora.planner.chains import Chain, Chains, shared_media, shares, twins
 from dora.planner.codecs import CODECS
 from dora.planner.improve import Move, all_modes, changes, descend, regrouped
 from dora.planner.layouts import layouts
@@ -88,13 +88,18 @@ class Exploration:
         self.spent_s = 0.0
         self.num_chains = 0
 
-    def walk_singles(self) -> None:
-        """Plays every single device."""
+    def walk_whole(self) -> None:
+        """Plays the whole model on every single device, and on the fastest ones as replicas."""
         for known in self.settings:
-            for d in range(len(known.devices)):
-                groups = (Group(0, known.costs.num_blocks, (d,)),)
-                for layout in layouts(groups, ((known.num_microbatches,),), known)[:1]:
-                    self.play(layout, known)
+            whole = known.costs.forward_s[:, 0, -1] + known.costs.backward_s[:, 0, -1]
+            fast = [int(d) for d in np.argsort(whole, kind="stable")]
+            most = 1 if known.decode else min(len(fast), known.num_microbatches)
+            teams = [tuple(sorted(fast[:k])) for k in range(2, most + 1)]
+            for devices in [*((d,) for d in fast), *teams]:
+                groups = (Group(0, known.costs.num_blocks, devices),)
+                counts = shares(groups, known)
+                if 0 not in counts[0]:
+                    self.play(layouts(groups, counts, known)[0], known)
 
     def play(self, layout: Layout, known: Setting) -> Candidate | None:
         """Returns a layout with its prediction, None if memory or a link is missing."""

@@ -125,7 +125,7 @@ def search(
     settings = [first, *rest]
     effort_s = default_effort_s(len(cluster.devices)) if effort_s is None else effort_s
     run = Exploration(settings, network, wanted, qoe.max_accuracy_loss, seed)
-    run.walk_singles()
+    run.walk_whole()
     stops = [effort_s * sum(EFFORT_SHARES[: i + 1]) for i in range(len(EFFORT_SHARES))]
     floor = run.walk_chains(qoe.objective, stops[0])
     run.improve(qoe.objective, stops[1])
