@@ -32,7 +32,7 @@ from dora.catalog import cell_profile, scenario, scenario_names
 from dora.compare import Comparison, compare, reasons
 from dora.judge import Case, Entry, case_of, judge
 from dora.planner import search
-from dora.planner.chains import twins
+from dora.planner.chains import shared_media, twins
 from dora.planner.improve import Move, changes, descend, regrouped
 from dora.planner.layouts import layout_of, to_plan
 from dora.planner.limits import broken
@@ -270,7 +270,7 @@ def restricted(
 ) -> Entry | None:
     """Returns the best plan that a descent through allowed layouts finds from any start."""
     choices = [case.setting_of(m) for m in microbatch_choices(case.workload)]
-    twin_of = twins(choices[0])
+    twin_of = twins(choices[0], shared_media(case.cluster, choices[0].devices))
     seen: dict[Layout, tuple[float, Prediction | None]] = {}
 
     def moves_of(layout: Layout) -> list[Move]:
