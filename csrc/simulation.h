@@ -64,7 +64,7 @@ struct Played {
   std::vector<double> sent_bytes, received_bytes;  // per rank
   std::vector<double> medium_busy_s;               // per medium, carrying something
   std::vector<std::vector<Interval>> ops;          // per rank and op; empty for sends and receives
-  std::vector<Interval> transfers;                 // first byte to arrival
+  std::vector<Interval> transfers;                 // only media holding it back, to arrival
 };
 
 // Plays a program to its end, in O((ops + transfers) (log ranks + flows at once)) by priority; fair

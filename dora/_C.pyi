@@ -411,7 +411,7 @@ class Played:
     def ops(self, rank: int) -> list[tuple[float, float]]:
         """(start, end) of each entry of a rank's list; zeros for sends and receives."""
     def transfers(self) -> list[tuple[float, float]]:
-        """(start, arrival) of each transfer."""
+        """(when only media held it back, arrival) of each transfer."""
 
 class Step:
     """One step of a plan as numbers, to be priced.
