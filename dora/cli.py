@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -44,7 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-Result = TypeVar("Result")
+_STOPPED = 130  # exit code after Ctrl-C
 _CAVEAT = """
 {ranks} processes share the {cores} cores of this machine: they add communication and no computing
 power, so they are not faster than the best single process, unless other load disturbed it. What
@@ -59,12 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(arguments, standalone_mode=False, prog_name="dora")
+        if code == _STOPPED:  # typer catches Ctrl-C and says nothing
+            _complain("stopped", _STOPPED)
     except BrokenPipeError:
         # Whoever read our output, such as `head`, has seen enough; nothing is left to flush to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except KeyboardInterrupt:
-        code = _complain("stopped", 130)
+        code = _complain("stopped", _STOPPED)
     except DemoError as error:
         code = _complain(str(error), 1)
     except DoraError as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -251,3 +254,20 @@ def test_pareto_front_shows_every_plan():
     plans = [pipeline(cost=Cost(makespan_s=1 + i, energy_j=3 - i)) for i in range(2)]
     axes = pareto_figure(plans, plans[1]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["1", "2"]
+
+
+def test_ctrl_c_says_stopped_and_leaves_no_file():
+    command = [sys.executable, "-m", "dora.cli", "compare", "smart-home-1", "--out", "all.csv"]
+    # A shell's background jobs ignore Ctrl-C, and so would their children.
+    default = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, default)
+    assert running.stdout is not None
+    running.stdout.readline()  # the first cell is done, the others are not
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.splitlines()[-1] == "dora: stopped"
+    assert not Path("all.csv").exists()
