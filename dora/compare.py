@@ -68,7 +68,9 @@ class Comparison(Spec):
         A plan that breaks bounds which Dora's keeps may well take fewer joules: only its time,
         if it is longer, says something.
         """
-        is_unequal = self.dora.meets_qoe and not entry.meets_qoe
+        # Where nothing keeps the bounds, Dora's plan is the one that comes nearest to them.
+        is_farther = entry.excess > self.dora.excess * (1 + TOLERANCE)
+        is_unequal = not entry.meets_qoe and (self.dora.meets_qoe or is_farther)
         if entry.gain is None or (
             is_unequal and (self.qoe.objective == "energy" or entry.gain < 1)
         ):
