@@ -67,13 +67,6 @@ def test_changes_are_by_index_of_medium_and_rank():
     assert trace.changes(("laptop",), make_cluster()) == [(0.0, True, 1, 0.5)]
 
 
-def test_at_returns_the_latest_factors():
-    trace = Dynamics(((0.0, "wifi", 0.5), (1.0, "phone", 0.25), (2.0, "wifi", 1.0)))
-    assert trace.at(-1) == {}
-    assert trace.at(1.5) == {"wifi": 0.5, "phone": 0.25}
-    assert trace.at(2) == {"wifi": 1.0, "phone": 0.25}
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.1, 1), st.floats(0, 0.9), st.integers(0, 5))
 def test_wandering_has_the_statistics_that_were_asked_for(cv, correlation, seed):

@@ -52,10 +52,6 @@ class Dynamics(NamedTuple):
                 found.append(Change(at_s, False, devices[name], factor))
         return found
 
-    def at(self, time_s: float) -> dict[str, float]:
-        """Returns the factor of every name that the trace has mentioned by then."""
-        return {name: factor for at_s, name, factor in self.entries if at_s <= time_s}
-
 
 def load_dynamics(path: str | os.PathLike[str], cluster: Cluster) -> Dynamics:
     """Reads a CSV file of changes.
