@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import make_plan
 
-from dora.scheduler import build_schedule, consumer_starts
-from dora.spec import Action
+from dora.scheduler import build_schedule, consumer_starts, deadlines
+from dora.spec import Action, Transfer
 
 
 def starts_of(plan, training=True):
@@ -46,3 +46,19 @@ def test_every_send_has_a_start_after_its_producer(replicas, num_microbatches, k
         for m in range(num_microbatches):
             assert starts[Action(stage, "SEND_F", m)] >= stage + 1
             assert starts[Action(stage + 1, "SEND_B", m)] > starts[Action(stage, "SEND_F", m)]
+
+
+def test_messages_go_as_the_plan_decided_if_it_names_them_all():
+    plan = make_plan(2, [[1], [1]], num_microbatches=2)
+    actions = build_schedule(plan).actions_by_rank
+    sends = [a for own in actions for a in own if a.kind.startswith("SEND")]
+    decided = [
+        Transfer(src=0, dst=1, num_bytes=1, action=action, priority=float(i))
+        for i, action in enumerate(sends)
+    ]
+    named = plan.model_copy(update={"transfers": tuple(decided)})
+    assert deadlines(actions, named) == {a: -float(i) for i, a in enumerate(sends)}
+    # Two orders in different units can not be mixed.
+    partly = plan.model_copy(update={"transfers": tuple(decided[1:])})
+    assert deadlines(actions, partly) == consumer_starts(actions, plan)
+    assert deadlines(actions, plan) == consumer_starts(actions, plan)
