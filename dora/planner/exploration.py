@@ -307,7 +307,7 @@ class Exploration:
         if candidate is None:
             return inf
         if candidate.failed:
-            return 1e12 * max(limit.excess(value) for limit, value in candidate.failed)
+            return 1e12 * candidate.excess
         return candidate.value(objective)
 
 

@@ -38,6 +38,11 @@ class Candidate(NamedTuple):
         """The devices of each stage."""
         return tuple(group.devices for group in self.layout.groups)
 
+    @property
+    def excess(self) -> float:
+        """By which factor the worst limit is broken; 0 if none is."""
+        return max((limit.excess(value) for limit, value in self.failed), default=0.0)
+
     def value(self, objective: str) -> float:
         """Returns seconds or joules."""
         if objective == "time":
@@ -196,15 +201,10 @@ def nearest_text(found: Sequence[Candidate], unfit: Mapping[Placement, str]) -> 
     if not found:
         reasons = "; ".join(sorted(set(unfit.values()))[:3])
         return f"no placement can run: {reasons}" if reasons else "no placement exists"
-    nearest = min(found, key=lambda c: (_excess(c), c.order("time")))
+    nearest = min(found, key=lambda c: (c.excess, c.order("time")))
     text = describe(nearest.layout.groups, nearest.known.devices, nearest.layout.num_microbatches)
     names = ", ".join(f"{limit} (it reaches {value:.4g})" for limit, value in nearest.failed)
     return (
         f"no plan keeps {names}; nearest: {text} takes "
         f"{nearest.value('time'):.4g} s and {nearest.value('energy'):.4g} J"
     )
-
-
-def _excess(candidate: Candidate) -> float:
-    """Returns by which factor the worst limit is broken."""
-    return max((limit.excess(value) for limit, value in candidate.failed), default=0.0)
