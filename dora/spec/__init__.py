@@ -9,6 +9,7 @@ profile.py   Timing, BlockCost, BlockProfile, TiedParameter, ModelProfile, Workl
 plan.py      Replica, Stage, BoundaryCodec, DeviceMemory, Cost, Plan, routes_from_shares, warmup_for
 schedule.py  Action, Transfer, Schedule
 timeline.py  Span, Energy, Timeline, Decision
+run.py       Usage, Traffic, Activity, Run
 """
 
 from dora.spec.base import SCHEMA_VERSION, Spec
@@ -32,12 +33,14 @@ from dora.spec.profile import (
     Timing,
     Workload,
 )
+from dora.spec.run import Activity, Run, Traffic, Usage
 from dora.spec.schedule import ACTION_KINDS, Action, Schedule, Transfer
 from dora.spec.timeline import Decision, Energy, Span, Timeline
 
 __all__ = [
     "ACTION_KINDS",
     "Action",
+    "Activity",
     "BlockCost",
     "BlockProfile",
     "BoundaryCodec",
@@ -54,6 +57,7 @@ __all__ = [
     "PowerMode",
     "QoE",
     "Replica",
+    "Run",
     "SCHEMA_VERSION",
     "Schedule",
     "Span",
@@ -62,7 +66,9 @@ __all__ = [
     "TiedParameter",
     "Timeline",
     "Timing",
+    "Traffic",
     "Transfer",
+    "Usage",
     "Workload",
     "routes_from_shares",
     "warmup_for",

@@ -17,7 +17,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=0)]
-Provenance = Literal["measured", "modelled", "none"]
+# From best to worst: a meter, a power model of what was seen, one of what should happen.
+Provenance = Literal["measured", "modelled from measured activity", "modelled", "none"]
 
 SpecT = TypeVar("SpecT", bound="Spec")
 
