@@ -91,7 +91,7 @@ std::unique_ptr<PyEngine> makeEngine(std::uint32_t rank, const py::bytes& key, s
                                      std::uint64_t eager_bytes, std::uint64_t eager_credit_bytes,
                                      double heartbeat_s, double dead_s, double connect_timeout_s,
                                      double aging_s, bool pacing, bool dscp,
-                                     std::size_t log_frames) {
+                                     std::size_t log_frames, const std::string& buckets) {
   EngineOptions options;
   options.rank = rank;
   options.key = checkedKey(key);
@@ -113,6 +113,7 @@ std::unique_ptr<PyEngine> makeEngine(std::uint32_t rank, const py::bytes& key, s
   options.has_pacing = pacing;
   options.has_dscp = dscp;
   options.log_frames = log_frames;
+  options.buckets = buckets;
   return std::make_unique<PyEngine>(options);
 }
 
@@ -310,7 +311,7 @@ void bindEngine(py::module_& m) {
            py::arg("eager_credit_bytes") = 4194304, py::arg("heartbeat_s") = 1.0,
            py::arg("dead_s") = 10.0, py::arg("connect_timeout_s") = 30.0,
            py::arg("aging_s") = 2.0, py::arg("pacing") = true, py::arg("dscp") = true,
-           py::arg("log_frames") = 0)
+           py::arg("log_frames") = 0, py::arg("buckets") = "")
       .def_property_readonly("port", [](const PyEngine& self) { return self.engine->port(); })
       .def_property_readonly("epoch", [](const PyEngine& self) { return self.engine->epoch(); })
       .def("connect", &connect, py::arg("peers"), py::kw_only(),
@@ -349,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
   dora::bindOperations(m);
   dora::bindEngine(m);
   dora::bindParts(m);
+  dora::bindBuckets(m);
   dora::bindSimulation(m);
   dora::bindChains(m);
 }

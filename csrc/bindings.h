@@ -19,6 +19,9 @@ std::string checkedKey(std::string key);
 // The parts that need no network.
 void bindParts(pybind11::module_& m);
 
+// Media of an emulated network.
+void bindBuckets(pybind11::module_& m);
+
 // The simulation, and the planner's search.
 void bindSimulation(pybind11::module_& m);
 void bindChains(pybind11::module_& m);

@@ -220,16 +220,18 @@ void Connection::detachData() {
 }
 
 void Connection::flush() {
-  while (!is_blocked_) {
+  while (!is_blocked_ && !is_held_) {
     if (session_ && !sending_ && payload_left_ == 0 && after_.empty()) owner_->onRoom(*this);
     std::size_t first = before_.size() - before_sent_;
-    std::size_t size = first + payload_left_ + after_.size();
+    bool is_payload_held = is_payload_held_ && payload_left_ > 0;
+    std::size_t size = first + (is_payload_held ? 0 : payload_left_ + after_.size());
     if (size == 0) return;
     Socket::Piece pieces[3];
     int num_pieces = 0;
     if (first > 0) pieces[num_pieces++] = {before_.data() + before_sent_, first};
     if (payload_left_ > 0) pieces[num_pieces++] = {payload_, payload_left_};
     if (!after_.empty()) pieces[num_pieces++] = {after_.data(), after_.size()};
+    if (is_payload_held) num_pieces = 1;
     std::size_t count = 0;
     try {
       count = socket_.write(pieces, num_pieces);

@@ -62,8 +62,12 @@ class Connection {
   // Writes what fits; call after queueing. A broken connection shows when it is read to its end,
   // since the peer's last words may still be in it.
   void flush();
+  // Nothing is written while held; of a held payload, neither it nor what comes after.
+  void hold(bool is_held) { is_held_ = is_held; }
+  void holdPayload(bool is_held) { is_payload_held_ = is_held; }
   // Something waits for room in the socket.
   bool wantsWrite() const { return is_blocked_ && !is_broken_; }
+  bool isBlocked() const { return is_blocked_; }
   bool hasUnsent() const { return !before_.empty() || payload_left_ > 0 || !after_.empty(); }
 
   void sendControl(const FrameHeader& header, const std::string& payload = "");
@@ -121,6 +125,8 @@ class Connection {
   std::size_t payload_left_ = 0;
   std::vector<std::uint8_t> own_payload_;
   bool is_blocked_ = false;
+  bool is_held_ = false;
+  bool is_payload_held_ = false;
   bool is_broken_ = false;
 };
 

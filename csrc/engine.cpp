@@ -25,6 +25,10 @@ Engine::Engine(const EngineOptions& options)
         auto peer = peers_.find(rank);
         if (peer != peers_.end()) peer->second->lanes.control(header);
       }) {
+  if (!options_.buckets.empty()) {
+    buckets_ = std::make_shared<Buckets>(options_.buckets);
+    options_.has_pacing = false;  // the kernel's path has another rate
+  }
   thread_ = std::thread([this] { run(); });
 }
 
@@ -157,6 +161,7 @@ void Engine::connect(const std::map<std::uint32_t, PeerAddress>& peers, const Me
       auto [peer, is_new] = peers_.try_emplace(rank, nullptr);
       if (!is_new) continue;
       peer->second = std::make_unique<Peer>(rank, options_, host);
+      if (buckets_) peer->second->setGate(Gate(buckets_, options_.rank, rank));
       auto rate = rates.find(rank);
       if (rate != rates.end()) peer->second->outbox.setKnownRate(rate->second);
       {
@@ -261,6 +266,7 @@ void Engine::close(double linger_s) {
 // ------------------------------------------------------------ the I/O thread
 
 void Engine::run() {
+  if (buckets_) wakePunctually();
   double wait_s = 0;
   while (!is_stopping_) {
     const std::vector<Reactor::Event>& events = reactor_.wait(wait_s);

@@ -130,6 +130,7 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   Reactor reactor_;
   Dialer dialer_;
   Media media_;
+  std::shared_ptr<Buckets> buckets_;  // null without an emulated network
   std::map<std::uint32_t, std::unique_ptr<Peer>> peers_;
   std::map<std::uint64_t, bool> watched_;  // token -> asked for room
   std::vector<Timer> timers_;  // a heap, the earliest first

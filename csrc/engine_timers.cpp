@@ -21,6 +21,10 @@ double Engine::nextWakeS() const {
   });
   double wait_s = is_busy ? kBusyTickS : kTickS;
   if (!timers_.empty()) wait_s = std::min(wait_s, timers_.front().first - nowS());
+  if (buckets_) {
+    double now_s = nowS();
+    for (const auto& [rank, peer] : peers_) wait_s = std::min(wait_s, peer->wakeS(now_s) - now_s);
+  }
   return std::max(0.0, wait_s);
 }
 

@@ -91,7 +91,10 @@ void Outbox::fill(Connection& connection, int lane, double now_s) {
   last_chunk_of_[static_cast<std::size_t>(lane)] = chunk->is_last ? chunk->id : 0;
   if (lane == Lanes::kBulkLane) {
     bytes_sent_ += chunk->num_bytes;
-    if (window_.onChunk(chunk->num_bytes, chunkBytes(), queue.size() == 0)) {
+    bool is_asking = window_.onChunk(chunk->num_bytes, chunkBytes(), queue.size() == 0);
+    // On emulated media one chunk is under way at a time; without an acknowledgement of each, the
+    // estimator would see pauses between them.
+    if (is_asking || !options_.buckets.empty()) {
       header.flags |= kFlagAckMe;
       estimator_.onSent(bytes_sent_, now_s);
     }

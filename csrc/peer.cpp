@@ -1,6 +1,7 @@
 #include "peer.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace dora {
 
@@ -26,7 +27,9 @@ void Peer::attach(std::unique_ptr<Connection> connection) {
   }
   lanes.attach(lane, std::move(connection));
   if (lane == Lanes::kBulkLane) outbox.adapt(nowS());
-  if (hasLane(0) && hasLane(1)) state = State::kOpen;
+  if (!hasLane(0) || !hasLane(1)) return;
+  state = State::kOpen;
+  if (gate_) gate_->onJoined();
 }
 
 int Peer::laneOf(const Connection& connection) const {
@@ -48,6 +51,7 @@ void Peer::onFrame(Connection& connection, const FrameHeader& header, const std:
   host_.log(began_s_[static_cast<std::size_t>(laneOf(connection))], false, rank, header);
   switch (header.type) {
     case FrameType::kData:
+      if (gate_) gate_->onReceived(header.length);
       if (laneOf(connection) == Lanes::kBulkLane) inbox.onBulkData(header);
       is_new = inbox.onData(header, payload, is_intact);
       break;
@@ -83,6 +87,14 @@ void Peer::onFrame(Connection& connection, const FrameHeader& header, const std:
 void Peer::onRoom(Connection& connection) {
   int lane = laneOf(connection);
   double now_s = nowS();
+  fill(connection, lane, now_s);
+  if (!gate_) return;
+  if (!connection.sending()) return gate_->rest(lane);
+  gate_->begin(lane, connection.sending()->length, now_s);
+  connection.holdPayload(!gate_->isOpen(lane, now_s));
+}
+
+void Peer::fill(Connection& connection, int lane, double now_s) {
   if (lane == Lanes::kBulkLane) {
     std::optional<Priority> head = outbox.bulkHead(now_s);
     if (!head) {
@@ -95,9 +107,22 @@ void Peer::onRoom(Connection& connection) {
   outbox.fill(connection, lane, now_s);
 }
 
+double Peer::wakeS(double now_s) const {
+  double wake_s = std::numeric_limits<double>::infinity();
+  if (!gate_ || state != State::kOpen) return wake_s;
+  for (int lane : {Lanes::kUrgentLane, Lanes::kBulkLane}) {
+    // A full socket reports when it has room.
+    const auto& connection = lanes.lane[static_cast<std::size_t>(lane)];
+    if (connection && !connection->isBlocked()) wake_s = std::min(wake_s, gate_->wakeS(lane, now_s));
+  }
+  return wake_s;
+}
+
 void Peer::onDataSent(Connection& connection, const FrameHeader& header) {
   int lane = laneOf(connection);
-  host_.log(filled_s_[static_cast<std::size_t>(lane)], true, rank, header);
+  double& filled_s = filled_s_[static_cast<std::size_t>(lane)];
+  if (gate_) filled_s = gate_->end(lane);
+  host_.log(filled_s, true, rank, header);
   outbox.onDataSent(lane);
 }
 
@@ -105,7 +130,12 @@ void Peer::flush() {
   // Bulk first: what it tells the peer (a request, a wish) leaves with the urgent lane.
   for (int lane : {Lanes::kBulkLane, Lanes::kUrgentLane}) {
     Connection* connection = lanes.lane[static_cast<std::size_t>(lane)].get();
-    if (connection) connection->flush();
+    if (!connection) continue;
+    if (gate_) {
+      connection->hold(gate_->isDown());
+      if (connection->sending()) connection->holdPayload(!gate_->isOpen(lane, nowS()));
+    }
+    connection->flush();
   }
 }
 

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "gate.h"
 #include "inbox.h"
 #include "media.h"
 #include "outbox.h"
@@ -52,6 +54,11 @@ class Peer : public ConnectionOwner {
   void attach(std::unique_ptr<Connection> connection);
   bool hasLane(int lane) const { return lanes.lane[static_cast<std::size_t>(lane)] != nullptr; }
 
+  // From now on payloads pass emulated media.
+  void setGate(Gate gate) { gate_.emplace(std::move(gate)); }
+  // When it wants to be flushed again.
+  double wakeS(double now_s) const;
+
   // Writes what may leave.
   void flush();
 
@@ -73,10 +80,12 @@ class Peer : public ConnectionOwner {
 
  private:
   int laneOf(const Connection& connection) const;
+  void fill(Connection& connection, int lane, double now_s);
   void onPong(const FrameHeader& header);
 
   const EngineOptions& options_;
   PeerHost& host_;
+  std::optional<Gate> gate_;
   std::array<double, 2> began_s_{};   // per lane: the frame that is arriving
   std::array<double, 2> filled_s_{};  // per lane: the data frame that is leaving
   double ticked_s_ = 0;

@@ -15,6 +15,9 @@ namespace dora {
 // Seconds of the monotonic clock, the one behind Python's time.perf_counter().
 double nowS();
 
+// Lets the calling thread wake up when it is time, not up to 50 us later.
+void wakePunctually();
+
 // Seconds since 1970.
 double wallClockS();
 

@@ -109,6 +109,7 @@ struct EngineOptions {
   bool has_pacing = true;
   bool has_dscp = true;
   std::size_t log_frames = 0;
+  std::string buckets;  // the file of an emulated network, in which the rank is a device
 };
 
 }  // namespace dora

@@ -58,6 +58,8 @@ class Engine:
         pacing: Limit the rate to just below the link's, so that no queue builds up in it.
         dscp: Mark sockets with a class for access points (WMM).
         log_frames: How many of the latest frames `log()` returns.
+        buckets: File of an emulated network, see `Buckets`, whose devices are the ranks; then what
+            is sent takes as long as its media need. Empty: none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         pacing: bool = True,
         dscp: bool = True,
         log_frames: int = 0,
+        buckets: str = "",
     ) -> None: ...
     @property
     def port(self) -> int: ...
@@ -217,6 +220,41 @@ class Engine:
         """
     def close(self, linger_s: float = 1.0) -> None:
         """Waits up to `linger_s` for sends to leave, then fails what is pending."""
+
+class Buckets:
+    """Media of an emulated network, in a file that its processes map; see csrc/bucket.h.
+
+    Args:
+        path: A file that `create` has made.
+    """
+
+    @staticmethod
+    def create(
+        path: str,
+        num_devices: int,
+        rates: Sequence[float],
+        paths: Mapping[tuple[int, int], Sequence[int]],
+    ) -> None:
+        """Lays out the file.
+
+        Args:
+            path: A new or empty file.
+            num_devices: Ranks are devices.
+            rates: Bytes per second of each medium; 0 is down.
+            paths: (from, to) -> the media crossed, as often as crossed; other pairs have no limit.
+        """
+    def __init__(self, path: str) -> None: ...
+    def set_rate(self, medium: int, bytes_per_s: float) -> None:
+        """Changes a rate, from now on; in one process only."""
+    def rate(self, medium: int) -> float: ...
+    def set_connected(self, device: int, is_connected: bool) -> None:
+        """Plugs the cable of a device in or out."""
+    def has_joined(self, device: int) -> bool:
+        """Whether it has ever been connected with another device."""
+    def carried_bytes(self, medium: int) -> int:
+        """Payload that has passed it, once per crossing."""
+    def sent_bytes(self, device: int) -> int: ...
+    def received_bytes(self, device: int) -> int: ...
 
 class SendQueue:
     """The order in which messages to one peer leave; see csrc/send_queue.h."""

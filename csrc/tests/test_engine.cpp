@@ -1,4 +1,7 @@
 // Engines of one process over loopback, driven from several threads: for the sanitizers.
+#include <unistd.h>
+
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -101,6 +104,39 @@ void testRandomTraffic(Protection protection, bool has_medium) {
   for (const auto& engine : engines) CHECK(engine->stats().protocol_errors == 0);
 }
 
+// The same on emulated media whose rates change, and which are down for moments.
+void testEmulatedMedia(Protection protection) {
+  char path[] = "/tmp/dora-engine-XXXXXX";
+  ::close(::mkstemp(path));
+  BucketTable table{3, {20e6, 5e6}, {}};
+  for (std::uint32_t src = 0; src < 3; ++src) {
+    for (std::uint32_t dst = 0; dst < 3; ++dst) table.paths[{src, dst}] = {0, 0, 1};
+  }
+  Buckets::create(path, table, nowS());
+  Buckets buckets(path);
+  EngineOptions options;
+  options.protection = protection;
+  options.buckets = path;
+  Engines engines = makeEngines(3, options);
+  ::unlink(path);
+  connectAll(engines, true);
+  std::vector<std::thread> threads;
+  for (unsigned seed = 1; seed <= 3; ++seed) threads.emplace_back(exchange, engines, seed);
+  for (double rate : {0.0, 1e6, 0.0, 1e3, 1e9}) {
+    buckets.setRate(1, rate, nowS());
+    ::usleep(30000);
+  }
+  for (auto& thread : threads) thread.join();
+  std::uint64_t sent = 0, received = 0;
+  for (const auto& engine : engines) {
+    CHECK(engine->stats().protocol_errors == 0);
+    sent += buckets.sentBytes(engine->rank());
+    received += buckets.receivedBytes(engine->rank());
+    CHECK(buckets.hasJoined(engine->rank()));
+  }
+  CHECK(received <= sent && buckets.carriedBytes(0) == 2 * sent && buckets.carriedBytes(1) == sent);
+}
+
 void testCollectives() {
   Engines engines = makeEngines(3, {});
   connectAll(engines, false);
@@ -146,6 +182,8 @@ int main() {
   testRandomTraffic(Protection::kChecksum, false);
   testRandomTraffic(Protection::kEncrypt, false);
   testRandomTraffic(Protection::kMac, true);
+  testEmulatedMedia(Protection::kHeader);
+  testEmulatedMedia(Protection::kEncrypt);
   testCollectives();
   testCloseWithOperationsPending();
   return 0;

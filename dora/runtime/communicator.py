@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store
 from dora._C import Engine, Operation
 from dora.errors import PeerLostError
 from dora.keys import load_key
+from dora.runtime.buckets import emulated_network
 from dora.runtime.completions import Completions
 from dora.runtime.pending import Pending
 from dora.runtime.priority import ACTIVATION, GRADIENT, Priority, checked
@@ -81,6 +82,7 @@ class Communicator:
         """
         board = Board(store, rank, world_size, epoch=epoch, timeout_s=timeout_s)
         membership = join(board, store, key=load_key(key, key_file), host=host)
+        engine_options = {**emulated_network(), **engine_options}
         engine_options.setdefault("connect_timeout_s", min(timeout_s, _CONNECT_S))
         engine = Engine(
             rank,
