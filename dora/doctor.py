@@ -15,10 +15,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from dora.profiler.energy import find_meters
+
 # Extra of the package -> module that it brings and what that is for.
 EXTRAS = {
     "triton": ("triton", "GPU kernels"),
-    "energy": ("zeus", "measured joules; without it they are modelled"),
+    "energy": ("pynvml", "measured joules of NVIDIA GPUs"),
     "hf": ("transformers", "Hugging Face models"),
     "report": ("matplotlib", "figures"),
     "metrics": ("prometheus_client", "export of run metrics"),
@@ -47,6 +49,7 @@ def examine(environment: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("memory", "ok", free)
     yield _gpu()
     yield _network(environment)
+    yield _energy_meters()
     for extra, (module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             fix = f"pip install 'dora-parallel[{extra}]' for {purpose}"
@@ -95,6 +98,12 @@ def _gpu() -> Finding:
             "if there is a GPU, install the torch build for it; see pytorch.org",
         )
     return Finding("gpu", "missing", "torch sees none", "check the driver, for example nvidia-smi")
+
+
+def _energy_meters() -> Finding:
+    meters, problems = find_meters()
+    text = ", ".join(meter.scope for meter in meters) or "none: energy is modelled"
+    return Finding("energy meters", "ok" if meters else "missing", text, "; ".join(problems))
 
 
 def _network(environment: Mapping[str, str]) -> Finding:

@@ -17,6 +17,7 @@ from dora.demo.launch import DemoError, follow
 from dora.doctor import default_interface, examine
 from dora.files import load, save
 from dora.keys import load_key
+from dora.profiler.energy import find_meters
 from dora.spec import Cost, ModelProfile, Plan, Span, Timeline
 
 CLUSTER = """
@@ -87,6 +88,14 @@ def test_doctor_says_how_to_get_what_is_missing(capsys):
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert "gloo" in printed
+
+
+def test_doctor_names_the_energy_meters():
+    finding = {f.subject: f for f in examine({})}["energy meters"]
+    meters = find_meters().meters
+    assert finding.status == ("ok" if meters else "missing")
+    expected = [meter.scope for meter in meters] or ["none: energy is modelled"]
+    assert all(text in finding.text for text in expected)
 
 
 def test_doctor_explains_the_network_interface(tmp_path):

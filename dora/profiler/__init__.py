@@ -5,10 +5,12 @@ passes.py    one micro-batch through the chain, forward and backward block by bl
 probes.py    what is watched meanwhile: time, operations, bytes
 link.py      times messages between the ranks of a process group -> rates, latencies, Cluster
 wire.py      the messages that this takes
+energy.py    joules between two points in time; meters.py  what hardware has to tell them
 replay.py    the same profiles from files, and several devices' profiles as one
 """
 
 from dora.profiler.compute import profile_model
+from dora.profiler.energy import EnergyMeter, find_meters
 from dora.profiler.link import (
     FlowRate,
     LinkRate,
@@ -23,9 +25,11 @@ from dora.profiler.replay import load_profiles, merge_profiles
 
 __all__ = [
     "BlockChain",
+    "EnergyMeter",
     "FlowRate",
     "LinkRate",
     "contention",
+    "find_meters",
     "load_profiles",
     "measure_concurrent",
     "measure_links",
