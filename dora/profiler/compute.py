@@ -63,7 +63,8 @@ def profile_model(
             from the output's `loss` where it has one, else from ones for the whole output.
         targets: Second argument of `loss_fn`, resized like the inputs.
         warmup: Passes that are run first and not timed.
-        repeats: Least number of timed passes; more run if they are very short. Medians count.
+        repeats: Least number of timed passes; more run if they are very short. Medians count,
+            or means where this process shares the processor or has a quota.
         batch_dim: Dimension of the samples in every input.
         name: Name of the profile.
         progress: Called with passes done and passes in all.

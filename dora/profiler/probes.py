@@ -51,6 +51,7 @@ class Clock:
         self._backend = torch.get_device_module(device)
         self._device = device
         self._has_events = device.type in ("cuda", "xpu")
+        self.is_cpu = device.type == "cpu"
 
     def synchronize(self) -> None:
         """Waits until the device has done all work."""
