@@ -125,14 +125,20 @@ def judge(entry: Entry, case: Case, *, fair_only: bool = False) -> Entry:
     )
 
 
-def play(plan: Plan, case: Case) -> Timeline:
-    """Returns what happens in one step or request of a plan, in its own order of transfers."""
+def play(plan: Plan, case: Case, *, discipline: str = "priority") -> Timeline:
+    """Returns what happens in one step or request of a plan, in its own order of transfers.
+
+    Args:
+        plan: With devices of the case's cluster.
+        case: What is known.
+        discipline: 'fair' for transports without priorities.
+    """
     known = case.setting_of(plan.num_microbatches)
     schedule = build_schedule(plan, training=known.training)
     if plan.transfers:
         schedule = schedule.model_copy(update={"transfers": plan.transfers})
     costs = costs_of(layout_of(plan, known), known, plan)
-    return simulate(plan, schedule, costs, case.cluster)
+    return simulate(plan, schedule, costs, case.cluster, discipline=discipline)
 
 
 def _ending_at(

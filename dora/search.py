@@ -8,25 +8,103 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dora.catalog import scale_to_cluster
 from dora.errors import InfeasiblePlanError, SpecError
+from dora.files import save
+from dora.judge import case_of, play
 from dora.partition import Chain
 from dora.planner import SearchResult, search
 from dora.planner.search import microbatch_choices
 from dora.profiler import load_profiles, merge_profiles, profile_model
-from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
+from dora.runtime.parallel import DoraParallel
+from dora.spec import Cluster, ModelProfile, Plan, QoE, Run, Timeline, Workload
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Gather = Callable[[bytes], list[bytes]]
-Planner = Callable[[Chain, Call, Gather], Plan]
 LossFn = Callable[[Any, Any], Any]
 
 # The planner interpolates between measured sizes, so a few are enough.
 MAX_SIZES = 4
+
+
+class Planned:
+    """Makes the plan where the model runs; `DoraParallel` calls it. See `planned`.
+
+    Attributes:
+        profile, plans: What was measured, and the plans kept, the chosen one first; after the call.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        workload: Workload,
+        qoe: QoE,
+        profiles: Sequence[str | os.PathLike[str]],
+    ) -> None:
+        self._cluster, self._workload, self._qoe = cluster, workload, qoe
+        self._files = profiles
+        self.profile: ModelProfile | None = None
+        self.plans: list[Plan] = []
+
+    def __call__(self, chain: Chain, call: Call, gather: Gather) -> Plan:
+        """Returns the best plan.
+
+        Raises:
+            InfeasiblePlanError: No plan meets the QoE, or there are not as many ranks as devices.
+        """
+        if dist.get_world_size() != len(self._cluster.devices):
+            raise InfeasiblePlanError(
+                f"cluster: given {len(self._cluster.devices)} devices for {dist.get_world_size()} "
+                "ranks, allowed: one rank per device"
+            )
+        self.profile = (
+            load_profiles(self._files)
+            if self._files
+            else profile_everywhere(chain, call, gather, self._cluster, self._workload)
+        )
+        result = explore(self.profile, self._cluster, self._workload, self._qoe)
+        if not result.plans:
+            raise InfeasiblePlanError(result.problem)
+        self.plans = result.plans
+        return result.plans[0]
+
+    def record(
+        self, model: DoraParallel, folder: str | os.PathLike[str], *, name: str = "run"
+    ) -> None:
+        """Writes what `dora report` shows, on rank 0; a collective call.
+
+        Args:
+            model: Made with this plan, after some steps or requests; the last one is drawn, and
+                the first one does not count in the times, since it finds the shapes.
+            folder: Gets run.json.
+            name: Of the report.
+        """
+        assert self.profile is not None, "DoraParallel makes the plan before anything is recorded"
+        measured = model.timeline()
+        if model.rank != 0:
+            return
+        run = recorded(
+            model.plan,
+            measured,
+            profile=self.profile,
+            cluster=self._cluster,
+            workload=self._workload,
+            qoe=self._qoe,
+        )
+        calls = [c for c in model.calls if c.kind == model.calls[-1].kind]
+        calls = calls[1:] or calls
+        more = {
+            "front": tuple(self.plans),
+            "times_s": tuple(call.end_s - call.start_s for call in calls),
+            "window_s": (calls[0].start_s, calls[-1].end_s),
+            "name": name,
+        }
+        save(run.model_copy(update=more), Path(folder) / "run.json")
 
 
 def planned(
@@ -35,14 +113,15 @@ def planned(
     qoe: QoE | None = None,
     *,
     profiles: Sequence[str | os.PathLike[str]] = (),
-) -> Planner:
+) -> Planned:
     """Returns a function that makes the plan where the model runs, for `DoraParallel`.
 
     Every rank measures the blocks on its own device, all at once; all ranks then search over the
     same numbers and so find the same plan. Rank i is `cluster.devices[i]`.
     ::
 
-        model = DoraParallel(model, planned(cluster, Workload(batch_size=32)), sample=inputs)
+        plan = planned(cluster, Workload(batch_size=32))
+        model = DoraParallel(model, plan, sample=inputs)
 
     Args:
         cluster: Devices in rank order, and the links between them.
@@ -50,29 +129,30 @@ def planned(
         qoe: Hard bounds and the objective; None minimises time.
         profiles: Files of `dora profile` to take instead of measuring; times of devices that
             they lack are modelled.
-
-    Returns:
-        A function of (chain, (args, kwargs), gather). It raises InfeasiblePlanError if no plan
-        meets the QoE, or if there are not as many ranks as devices.
     """
+    return Planned(cluster, workload, qoe or QoE(), profiles)
 
-    def make(chain: Chain, call: Call, gather: Gather) -> Plan:
-        if dist.get_world_size() != len(cluster.devices):
-            raise InfeasiblePlanError(
-                f"cluster: given {len(cluster.devices)} devices for {dist.get_world_size()} "
-                "ranks, allowed: one rank per device"
-            )
-        profile = (
-            load_profiles(profiles)
-            if profiles
-            else profile_everywhere(chain, call, gather, cluster, workload)
-        )
-        result = explore(profile, cluster, workload, qoe)
-        if not result.plans:
-            raise InfeasiblePlanError(result.problem)
-        return result.plans[0]
 
-    return make
+def recorded(
+    plan: Plan,
+    measured: Timeline,
+    *,
+    profile: ModelProfile,
+    cluster: Cluster,
+    workload: Workload,
+    qoe: QoE,
+) -> Run:
+    """Returns a run with what the simulator says of its plan beside what was measured."""
+    complete = scale_to_cluster(profile, cluster, training=workload.kind == "train")
+    predicted = play(plan, case_of(complete, cluster, workload, qoe))
+    return Run(
+        cluster=cluster,
+        workload=workload,
+        qoe=qoe,
+        plan=plan,
+        predicted=predicted,
+        measured=measured,
+    )
 
 
 def profile_everywhere(

@@ -24,6 +24,7 @@ BATCH_SIZE, CONTEXT = 32, 64
 parser = argparse.ArgumentParser()
 parser.add_argument("--quick", action="store_true")
 parser.add_argument("--cluster", type=Path, default=Path(__file__).with_name("cluster.toml"))
+parser.add_argument("--record", type=Path, help="folder to write what `dora report` shows to")
 parser.add_argument("--checkpoint", type=Path, help="folder to save the model in")
 options = parser.parse_args()
 steps = 10 if options.quick else 200
@@ -34,11 +35,8 @@ torch.manual_seed(0)
 text = stdlib_text(max_chars=400_000 if options.quick else 4_000_000)
 inputs, _ = next(batches(text.train, num_batches=1, batch_size=BATCH_SIZE, context=CONTEXT))
 
-model = DoraParallel(
-    CharLM(width=96, context=CONTEXT),
-    planned(load_cluster(options.cluster), Workload(batch_size=BATCH_SIZE), QoE(step_s=30)),
-    sample=inputs,
-)
+plan = planned(load_cluster(options.cluster), Workload(batch_size=BATCH_SIZE), QoE(step_s=30))
+model = DoraParallel(CharLM(width=96, context=CONTEXT), plan, sample=inputs)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for i, (x, y) in enumerate(
@@ -51,6 +49,8 @@ for i, (x, y) in enumerate(
     if dist.get_rank() == 0 and (i + 1) % (steps // 10) == 0:
         print(f"step {i + 1}/{steps}: loss {loss:.3f}", flush=True)
 
+if options.record:
+    plan.record(model, options.record, name="character model")
 model.eval()
 with torch.no_grad():
     held_out = batches(text.held_out, num_batches=4, batch_size=BATCH_SIZE, context=CONTEXT, seed=1)

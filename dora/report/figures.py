@@ -11,10 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dora.errors import SpecError
+from dora.report.flows import medium_rows
 from dora.spec import Action, Cluster, Plan, Span, Timeline
 
 # Dark enough on white, and apart for most colour-blind readers (Okabe and Ito, 2008).
-_COLORS = {"F": "#0072B2", "B": "#D55E00", "REDUCE_GRAD": "#009E73", "input": "#E69F00"}
+_COLORS = {
+    "F": "#0072B2",
+    "B": "#D55E00",
+    "REDUCE_GRAD": "#009E73",
+    "input": "#E69F00",
+    "other": "#999999",
+}
 _NAMES = {
     "F": "forward",
     "B": "backward",
@@ -22,6 +29,7 @@ _NAMES = {
     "SEND_B": "gradients",
     "REDUCE_GRAD": "reduction",
     "input": "inputs",
+    "other": "results and control",
 }
 
 
@@ -39,7 +47,7 @@ def gantt_figure(timeline: Timeline, plan: Plan, cluster: Cluster) -> Any:
     Raises:
         SpecError: matplotlib is not installed.
     """
-    rows = [*_device_rows(timeline, plan), *_medium_rows(timeline, plan, cluster)]
+    rows = [*_device_rows(timeline, plan), *medium_rows(timeline, plan, cluster)]
     names = list(dict.fromkeys(name for name, _, _ in rows))
     start_s = min((span.start_s for span in timeline.spans), default=0.0)
     figure, axes = _axes(height=1.6 + 0.35 * len(names))
@@ -115,42 +123,6 @@ def _device_rows(timeline: Timeline, plan: Plan) -> Iterator[tuple[str, str, Spa
                 kind = Action.from_str(span.label).kind
                 if kind in ("F", "B"):
                     yield name, kind, span
-
-
-def _medium_rows(
-    timeline: Timeline, plan: Plan, cluster: Cluster
-) -> Iterator[tuple[str, str, Span]]:
-    """Yields (medium, kind, span) of everything sent, once for each medium that it crosses."""
-    media = {(link.src, link.dst): link.media for link in cluster.links}
-    found = [
-        (name, kind, span)
-        for span in timeline.spans
-        if span.lane == "network"
-        for kind, pair in _flows(span, plan)
-        for name in dict.fromkeys(media.get(pair, ()))
-    ]
-    order = [medium.name for medium in cluster.media]
-    yield from sorted(found, key=lambda row: order.index(row[0]))
-
-
-def _flows(span: Span, plan: Plan) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields the kind of a network span, and the devices that it is sent between."""
-    sender = plan.devices[span.rank]
-    if span.label.startswith("input "):
-        m = int(span.label.removeprefix("input "))
-        yield "input", (sender, _device(plan, 0, m))
-        return
-    stage, kind, m = Action.from_str(span.label)
-    if kind == "REDUCE_GRAD":
-        ring = [replica.device for replica in plan.stages[stage].replicas]
-        yield kind, (sender, ring[(ring.index(sender) + 1) % len(ring)])
-    else:
-        to = stage + 1 if kind == "SEND_F" else stage - 1
-        yield kind, (sender, _device(plan, to, m))
-
-
-def _device(plan: Plan, stage: int, microbatch: int) -> str:
-    return plan.stages[stage].replicas[plan.routes[microbatch][stage]].device
 
 
 def _legend(axes: Any, kinds: Iterable[str]) -> None:

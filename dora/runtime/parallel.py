@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,21 +32,15 @@ from dora.runtime.seeds import SeedKey
 from dora.runtime.stage import StageRunner
 from dora.runtime.state import ModelState, local_modules
 from dora.runtime.transports import open_transport
+from dora.runtime.turn import Call, Turn
 from dora.scheduler import build_schedule, deadlines, validate
-from dora.spec import Action, Plan, Span, Timeline
+from dora.spec import Plan, Span, Timeline
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Planner = Callable[[Chain, Inputs, Callable[[bytes], list[bytes]]], Plan]
 
 _PROFILE_TIMEOUT_S = 600.0
-
-
-class _Turn(NamedTuple):
-    """What this rank does in one call: the plan with its routes, actions, urgency of sends."""
-
-    plan: Plan
-    actions: tuple[Action, ...]
-    deadlines: Mapping[Action, float]
+_MAX_CALLS = 10_000
 
 
 class DoraParallel(nn.Module):
@@ -77,6 +73,9 @@ class DoraParallel(nn.Module):
         seed: Of dropout; None takes rank 0's torch seed.
         transport: What carries the messages: 'dora' (the engine), 'gloo', 'gloo-chunked', 'nccl'.
         key: Secret of the engine; None takes DORA_KEY; one machine needs none.
+
+    Attributes:
+        calls: When each of the last steps and requests began and ended on this rank.
 
     Raises:
         PartitionError: The module can not be cut.
@@ -117,7 +116,8 @@ class DoraParallel(nn.Module):
         self._output_ranks = tuple(range(world_size)) if outputs_to == "all" else (outputs_to,)
         self._calls = 0
         self._failed: str | None = None
-        self._schedules: dict[tuple[bool, int, int], _Turn] = {}
+        self._schedules: dict[tuple[bool, int, int], Turn] = {}
+        self.calls: deque[Call] = deque(maxlen=_MAX_CALLS)
         self._board = open_board(self.rank)
         options: dict[str, Any] = {} if key is None else {"key": key}
         self._open = partial(open_transport, transport, **options)
@@ -190,7 +190,7 @@ class DoraParallel(nn.Module):
         finally:
             transport.close()
 
-    def _schedule(self, *, training: bool, count: int, offset: int) -> _Turn:
+    def _schedule(self, *, training: bool, count: int, offset: int) -> Turn:
         """Returns what this rank does with these many micro-batches."""
         key = (training, count, offset)
         if key not in self._schedules:
@@ -204,7 +204,7 @@ class DoraParallel(nn.Module):
             )
             validate(schedule, plan)
             by_rank = schedule.actions_by_rank
-            self._schedules[key] = _Turn(plan, by_rank[self.rank], deadlines(by_rank, plan))
+            self._schedules[key] = Turn(plan, by_rank[self.rank], deadlines(by_rank, plan))
         return self._schedules[key]
 
     # ------------------------------------------------------------ training and inference
@@ -249,7 +249,7 @@ class DoraParallel(nn.Module):
             deadlines=turn.deadlines,
             header=f"train {signature(args, kwargs)}",
         )
-        with self._guarded(), torch.enable_grad(), self._seeded():
+        with self._guarded(), torch.enable_grad(), self._seeded(), self._clocked("train"):
             self._state.check_trainable()
             return torch.tensor(self._executor.train(turn.actions, step), dtype=torch.float64)
 
@@ -275,7 +275,7 @@ class DoraParallel(nn.Module):
             deadlines=turn.deadlines,
             header=f"infer {signature(args, kwargs)[0]}",
         )
-        with self._guarded(), torch.no_grad(), self._seeded():
+        with self._guarded(), torch.no_grad(), self._seeded(), self._clocked("infer"):
             outputs = self._executor.infer(turn.actions, step, self._output_ranks)
         return merge(outputs, sizes, self._batch_dim) if outputs else None
 
@@ -285,6 +285,12 @@ class DoraParallel(nn.Module):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
         self._calls += 1
+
+    @contextmanager
+    def _clocked(self, kind: Literal["train", "infer"]) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self.calls.append(Call(kind, start_s, time.perf_counter()))
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from dora.simulator.engine import (
     network_of,
     simulate,
 )
-from dora.simulator.trace import format_timeline, to_trace
+from dora.simulator.trace import format_timeline, to_trace, to_traces
 
 __all__ = [
     "Compiled",
@@ -30,5 +30,6 @@ __all__ = [
     "network_of",
     "simulate",
     "to_trace",
+    "to_traces",
     "wandering",
 ]

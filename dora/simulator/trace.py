@@ -26,19 +26,48 @@ def to_trace(timeline: Timeline, names: Sequence[str] = ()) -> str:
         timeline: Predicted or measured.
         names: Of the ranks, such as `plan.devices`.
     """
+    return _written(timeline.source, _events(timeline, names, 0, ""))
+
+
+def to_traces(timelines: Sequence[Timeline], names: Sequence[str] = ()) -> str:
+    """Returns one trace of several timelines of a step, each with processes of its own.
+
+    Each begins at 0; within a timeline all ranks keep their one clock.
+
+    Args:
+        timelines: Such as predicted and measured; their `source` names the processes.
+        names: Of the ranks, such as `plan.devices`.
+    """
+    events: list[dict[str, Any]] = []
+    first = 1  # Linux has no process 0 of users, and viewers treat it as the idle one.
+    for timeline in timelines:
+        events += _events(timeline, names, first, f"{timeline.source} ")
+        first += timeline.num_ranks
+    return _written(" and ".join(t.source for t in timelines), events)
+
+
+def _written(source: str, events: list[dict[str, Any]]) -> str:
+    other = {"source": source}
+    return json.dumps({"displayTimeUnit": "ms", "otherData": other, "traceEvents": events})
+
+
+def _events(
+    timeline: Timeline, names: Sequence[str], first: int, prefix: str
+) -> list[dict[str, Any]]:
+    """Returns the events of a timeline whose rank 0 is the process `first`."""
     start_s = min((span.start_s for span in timeline.spans), default=0.0)
     events: list[dict[str, Any]] = []
     for rank in range(timeline.num_ranks):
-        events.append(_named("process", rank, 0, _rank_name(rank, names)))
+        pid = first + rank
+        events.append(_named("process", pid, 0, prefix + _rank_name(rank, names)))
         thread = 0
         for lane in _LANES:
             spans = [s for s in timeline.spans if (s.rank, s.lane) == (rank, lane)]
             for i, row in enumerate(_rows(spans)):
-                events.append(_named("thread", rank, thread, f"{lane} {i + 1}" if i else lane))
-                events += [_event(span, thread, start_s) for span in row]
+                events.append(_named("thread", pid, thread, f"{lane} {i + 1}" if i else lane))
+                events += [_event(span, pid, thread, start_s) for span in row]
                 thread += 1
-    other = {"source": timeline.source}
-    return json.dumps({"displayTimeUnit": "ms", "otherData": other, "traceEvents": events})
+    return events
 
 
 def format_timeline(timeline: Timeline, names: Sequence[str] = (), *, width: int = 72) -> str:
@@ -66,17 +95,17 @@ def _rank_name(rank: int, names: Sequence[str]) -> str:
     return f"rank {rank} {names[rank]}" if rank < len(names) else f"rank {rank}"
 
 
-def _named(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "name": f"{what}_name", "pid": rank, "tid": thread, "args": {"name": name}}
+def _named(what: str, pid: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": f"{what}_name", "pid": pid, "tid": thread, "args": {"name": name}}
 
 
-def _event(span: Span, thread: int, start_s: float) -> dict[str, Any]:
+def _event(span: Span, pid: int, thread: int, start_s: float) -> dict[str, Any]:
     action = _action(span.label)
     return {
         "ph": "X",
         "name": span.label,
         "cat": _CATEGORIES.get(action.kind, span.lane) if action else span.lane,
-        "pid": span.rank,
+        "pid": pid,
         "tid": thread,
         "ts": round((span.start_s - start_s) * 1e6, 3),
         "dur": round((span.end_s - span.start_s) * 1e6, 3),

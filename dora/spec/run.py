@@ -59,7 +59,8 @@ class Run(Spec):
         front: The plans that the planner kept, the one that ran among them.
         predicted, measured: One step or request; energy and memory in them, where known.
         times_s: Of every measured step or request.
-        activity: Over all of `times_s`; None where nobody counted.
+        window_s: From the first of these to the end of the last, on the machine's monotonic clock.
+        activity: In that window; None where nobody counted.
         note: How it ran, such as 'emulated on one machine, 1/50 as fast'.
     """
 
@@ -72,5 +73,6 @@ class Run(Spec):
     predicted: Timeline | None = None
     measured: Timeline
     times_s: tuple[Positive, ...] = ()
+    window_s: tuple[float, float] | None = None
     activity: Activity | None = None
     note: str = ""
