@@ -22,6 +22,8 @@ import typer
 from dora import catalog, views
 from dora.cli_network import doctor, key
 from dora.cli_plan import compare_command, plan_command, simulate_command
+from dora.cli_report import report_command
+from dora.cli_testbed import testbed_command
 from dora.console import FORCE, check_free, err, out, progress_of
 from dora.demo.launch import DemoError, alone_command, demo_environment, devices_command, follow
 from dora.demo.planning import NUM_RANKS
@@ -151,6 +153,8 @@ def profile(
 app.command("plan")(plan_command)
 app.command("simulate")(simulate_command)
 app.command("compare")(compare_command)
+app.command("testbed")(testbed_command)
+app.command("report")(report_command)
 
 
 @app.command()

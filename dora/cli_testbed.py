@@ -1,0 +1,148 @@
+"""The command `dora testbed`: a program on a whole emulated cluster."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dora import catalog
+from dora.console import FORCE, check_free, err, out
+from dora.errors import SpecError
+from dora.files import load, save
+from dora.simulator import load_dynamics
+from dora.spec import Activity, Cluster, Run
+from dora.testbed import Job, Scale, Testbed, modelled_energy, parse_event, why_not
+
+
+def testbed_command(
+    cluster_file: Annotated[Path, typer.Argument(metavar="CLUSTER.toml")],
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="-- COMMAND", help="{cluster} and {run} in it become the paths of both."
+        ),
+    ],
+    *,
+    trace: Annotated[
+        Path | None, typer.Option(help="CSV of rates and speeds over time: at_s,name,factor.")
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'SECONDS VERB DEVICE': kill, restart, pause, resume, disconnect or connect; may "
+            "be repeated."
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(min=1e-9, help="Factor of all speeds; default: what fits this machine."),
+    ] = None,
+    network_scale: Annotated[
+        float | None, typer.Option(min=1e-9, help="Factor of all rates; default: as --scale.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for what was counted, and for {run}.")
+    ] = None,
+    limit_s: Annotated[float, typer.Option(help="Kills the program after that.")] = 3600.0,
+    force: FORCE = False,
+) -> int:
+    """Runs a program on every device of a cluster that is emulated on this machine."""
+    if network_scale is not None and scale is None:
+        raise SpecError("--network-scale: given without --scale, allowed: both, or --scale alone")
+    given = catalog.load_cluster(cluster_file)
+    dynamics = load_dynamics(trace, given) if trace else None
+    events = [parse_event(text, given) for text in at or ()]
+    if reason := why_not():
+        raise SpecError(f"the testbed {reason}")
+    if folder is not None:
+        check_free(folder / "activity.json", force)
+    factors = None if scale is None else Scale(scale, network_scale or scale)
+    with tempfile.TemporaryDirectory() as scratch, Testbed(given, scale=factors) as testbed:
+        place = folder or Path(scratch)
+        save(testbed.cluster, place / "cluster.json")
+        err.print(_setup(testbed), soft_wrap=True)
+        job = Job(
+            testbed,
+            _program(command, place),
+            os.environ,
+            dynamics=dynamics,
+            events=events,
+            limit_s=limit_s,
+        )
+        for device, line in job.lines():
+            out.print(f"[{device}] {line}", soft_wrap=True)
+        activity = testbed.activity()
+        err.print(_table(activity, testbed.cluster))
+        if folder is not None:
+            save(activity, folder / "activity.json")
+            _complete(folder / "run.json", testbed)
+    if job.problem:
+        err.print(f"dora: {job.problem}", soft_wrap=True)
+    return 1 if job.problem else 0
+
+
+def _setup(testbed: Testbed) -> str:
+    """Returns what is emulated, and how."""
+    cores = [
+        f"{device.name} {share:.2f}"
+        for device, share in zip(testbed.cluster.devices, testbed.cores, strict=True)
+    ]
+    rates = [
+        f"{medium.name} {medium.rate_bytes_per_s * 8e-6:.3g}" for medium in testbed.cluster.media
+    ]
+    return (
+        f"{testbed.cluster.name}, emulated: speeds x{testbed.scale.compute:.3g}, rates "
+        f"x{testbed.scale.network:.3g}; latency of media: "
+        f"{'as given' if testbed.has_delay else 'none, this kernel can not delay packets'}\n"
+        f"cores: {', '.join(cores)}\nMbit/s: {', '.join(rates)}"
+    )
+
+
+def _table(activity: Activity, cluster: Cluster) -> Table:
+    """Returns what every device did."""
+    table = Table(title="from when all devices were on the network")
+    for heading in ("device", "busy", "sent", "received", "peak memory", "energy (modelled)"):
+        table.add_column(heading, justify="left" if heading == "device" else "right")
+    for usage, energy in zip(activity.usage, modelled_energy(activity, cluster), strict=True):
+        share = usage.busy_s / usage.total_s if usage.total_s else 0.0
+        table.add_row(
+            usage.device,
+            f"{share:.0%} of {usage.total_s:.1f} s",
+            f"{usage.sent_bytes / 1e6:.2f} MB",
+            f"{usage.received_bytes / 1e6:.2f} MB",
+            f"{usage.peak_bytes / 1e6:.0f} MB",
+            f"{energy.joules:.1f} J",
+        )
+    return table
+
+
+def _program(command: list[str], place: Path) -> list[str]:
+    """Returns the command with paths filled in; a Python file is run by this Python."""
+    if command[0] == "torchrun":
+        raise SpecError(
+            "command: given torchrun, allowed: the program itself: the testbed starts one process "
+            "per device as torchrun would, so leave out torchrun and its options"
+        )
+    paths = {"{cluster}": place / "cluster.json", "{run}": place}
+    filled = list(command)
+    for name, path in paths.items():
+        filled = [word.replace(name, str(path.absolute())) for word in filled]
+    return [sys.executable, *filled] if filled[0].endswith(".py") else filled
+
+
+def _complete(path: Path, testbed: Testbed) -> None:
+    """Adds to a run that the program has recorded what was counted meanwhile."""
+    if not path.exists():
+        return
+    run, scale = load(Run, path), testbed.scale
+    note = f"emulated on one machine: speeds x{scale.compute:.3g}, rates x{scale.network:.3g}"
+    more = {"activity": testbed.activity(run.window_s), "note": note}
+    save(run.model_copy(update=more), path)
+    out.print(f"Report: dora report {shlex.quote(str(path.parent))}", soft_wrap=True)
