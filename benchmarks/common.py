@@ -39,13 +39,13 @@ class Samples:
 
     @property
     def p20(self) -> float:
-        return self._percentile(20)
+        return self.percentile(20)
 
     @property
     def p80(self) -> float:
-        return self._percentile(80)
+        return self.percentile(80)
 
-    def _percentile(self, percent: float) -> float:
+    def percentile(self, percent: float) -> float:
         """Interpolates between the two nearest samples."""
         ordered = sorted(self.values)
         at = (len(ordered) - 1) * percent / 100

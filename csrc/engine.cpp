@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,6 +31,7 @@ Engine::Engine(const EngineOptions& options)
     options_.has_pacing = false;  // the kernel's path has another rate
   }
   thread_ = std::thread([this] { run(); });
+  pthread_setname_np(thread_.native_handle(), "dora-io");
 }
 
 Engine::~Engine() {

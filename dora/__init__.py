@@ -21,10 +21,11 @@ _C            in C++, from csrc/: the communication engine, the simulation, the 
 keys.py       where the job's secret comes from
 search.py     profile + plan in one call, for DoraParallel's `plan`
 compare.py    Dora beside other planners, all played alike; judge.py the true cost of any plan
-report/       figures: Gantt per device and medium, Pareto front
+report/       a run as one HTML page; figures: Gantt per device and medium, Pareto front
+testbed/      a whole cluster on this machine: namespaces, queues, control groups, churn
 cli.py        the command `dora`; cli_plan.py plan, simulate and compare, cli_network.py doctor and
-              keys, console.py what they print with, views.py tables, doctor.py, peercheck.py and
-              factory.py the questions they ask
+              keys, cli_testbed.py, cli_report.py, console.py what they print with, views.py tables,
+              doctor.py, peercheck.py and factory.py the questions they ask
 demo/         what `dora demo` trains, measures and shows
 """
 

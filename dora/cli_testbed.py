@@ -18,7 +18,7 @@ from dora.errors import SpecError
 from dora.files import load, save
 from dora.simulator import load_dynamics
 from dora.spec import Activity, Cluster, Run
-from dora.testbed import Job, Scale, Testbed, modelled_energy, parse_event, why_not
+from dora.testbed import Job, Testbed, modelled_energy, parse_event
 
 
 def testbed_command(
@@ -44,8 +44,15 @@ def testbed_command(
         float | None,
         typer.Option(min=1e-9, help="Factor of all speeds; default: what fits this machine."),
     ] = None,
-    network_scale: Annotated[
-        float | None, typer.Option(min=1e-9, help="Factor of all rates; default: as --scale.")
+    network_factor: Annotated[
+        float, typer.Option(min=1e-9, help="Factor of all rates beyond --scale.")
+    ] = 1.0,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="namespaces (needs root) or buckets (does not, and emulates less); default: the "
+            "first where it can."
+        ),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for what was counted, and for {run}.")
@@ -54,20 +61,21 @@ def testbed_command(
     force: FORCE = False,
 ) -> int:
     """Runs a program on every device of a cluster that is emulated on this machine."""
-    if network_scale is not None and scale is None:
-        raise SpecError("--network-scale: given without --scale, allowed: both, or --scale alone")
+    if command[0] == "torchrun":
+        raise SpecError(
+            "command: given torchrun, allowed: the program itself: the testbed starts one process "
+            "per device as torchrun would, so leave out torchrun and its options"
+        )
     given = catalog.load_cluster(cluster_file)
     dynamics = load_dynamics(trace, given) if trace else None
     events = [parse_event(text, given) for text in at or ()]
-    if reason := why_not():
-        raise SpecError(f"the testbed {reason}")
     if folder is not None:
         check_free(folder / "activity.json", force)
-    factors = None if scale is None else Scale(scale, network_scale or scale)
-    with tempfile.TemporaryDirectory() as scratch, Testbed(given, scale=factors) as testbed:
+    emulation = Testbed(given, scale=scale, network_factor=network_factor, mode=mode)
+    with tempfile.TemporaryDirectory() as scratch, emulation as testbed:
         place = folder or Path(scratch)
         save(testbed.cluster, place / "cluster.json")
-        err.print(_setup(testbed), soft_wrap=True)
+        err.print(testbed.summary, soft_wrap=True)
         job = Job(
             testbed,
             _program(command, place),
@@ -83,26 +91,17 @@ def testbed_command(
         if folder is not None:
             save(activity, folder / "activity.json")
             _complete(folder / "run.json", testbed)
+    return _judge(job)
+
+
+def _judge(job: Job) -> int:
+    """Says what went wrong; returns the exit code."""
+    if not job.has_begun:
+        text = "not all devices came onto the network: none was slowed, no event happened"
+        err.print(f"dora: {text}", soft_wrap=True)
     if job.problem:
         err.print(f"dora: {job.problem}", soft_wrap=True)
     return 1 if job.problem else 0
-
-
-def _setup(testbed: Testbed) -> str:
-    """Returns what is emulated, and how."""
-    cores = [
-        f"{device.name} {share:.2f}"
-        for device, share in zip(testbed.cluster.devices, testbed.cores, strict=True)
-    ]
-    rates = [
-        f"{medium.name} {medium.rate_bytes_per_s * 8e-6:.3g}" for medium in testbed.cluster.media
-    ]
-    return (
-        f"{testbed.cluster.name}, emulated: speeds x{testbed.scale.compute:.3g}, rates "
-        f"x{testbed.scale.network:.3g}; latency of media: "
-        f"{'as given' if testbed.has_delay else 'none, this kernel can not delay packets'}\n"
-        f"cores: {', '.join(cores)}\nMbit/s: {', '.join(rates)}"
-    )
 
 
 def _table(activity: Activity, cluster: Cluster) -> Table:
@@ -125,11 +124,6 @@ def _table(activity: Activity, cluster: Cluster) -> Table:
 
 def _program(command: list[str], place: Path) -> list[str]:
     """Returns the command with paths filled in; a Python file is run by this Python."""
-    if command[0] == "torchrun":
-        raise SpecError(
-            "command: given torchrun, allowed: the program itself: the testbed starts one process "
-            "per device as torchrun would, so leave out torchrun and its options"
-        )
     paths = {"{cluster}": place / "cluster.json", "{run}": place}
     filled = list(command)
     for name, path in paths.items():
@@ -141,8 +135,7 @@ def _complete(path: Path, testbed: Testbed) -> None:
     """Adds to a run that the program has recorded what was counted meanwhile."""
     if not path.exists():
         return
-    run, scale = load(Run, path), testbed.scale
-    note = f"emulated on one machine: speeds x{scale.compute:.3g}, rates x{scale.network:.3g}"
-    more = {"activity": testbed.activity(run.window_s), "note": note}
+    run = load(Run, path)
+    more = {"activity": testbed.activity(run.window_s), "note": testbed.summary}
     save(run.model_copy(update=more), path)
     out.print(f"Report: dora report {shlex.quote(str(path.parent))}", soft_wrap=True)

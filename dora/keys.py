@@ -1,7 +1,6 @@
 """The shared secret of a job: who knows it may join.
 
-The one module beside `cli.py` that reads the environment, so that a secret need not appear in a
-script or on a command line.
+It reads the environment, so that a secret need not appear in a script or on a command line.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from dora.spec import Cluster
 from dora.testbed.testbed import Testbed
 
 _POLL_S = 0.05
-_PORT = 29500
 # What the others get to end by themselves after one has failed: a peer that is silent is given up
 # after 30 s.
 _GRACE_S = 40.0
@@ -91,12 +90,14 @@ class Job:
         self._selector = selectors.DefaultSelector()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._rests = dict.fromkeys(range(len(self._names)), b"")
+        self.has_begun = False
         self.problem = ""
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Starts the program and yields (device, line) as they come, until all have ended.
 
-        Afterwards `problem` says why it failed, and is empty if it did not.
+        Devices get their own speeds, and events happen, once all are on the network: `has_begun`
+        tells whether they were. Afterwards `problem` says why it failed, and is empty otherwise.
         """
         for device in range(len(self._names)):
             self._start(device)
@@ -106,7 +107,7 @@ class Job:
             yield from self._read()
             if begun_s is None and self._testbed.has_sent():
                 self._testbed.limit()
-                begun_s = time.monotonic()
+                begun_s, self.has_begun = time.monotonic(), True
             self._play(begun_s)
             deadline = min(deadline, self._judge())
             if time.monotonic() > deadline:
@@ -198,8 +199,8 @@ def rank_environment(testbed: Testbed, device: int) -> dict[str, str]:
         "WORLD_SIZE": str(len(testbed.cluster.devices)),
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": testbed.address(0),
-        "MASTER_PORT": str(_PORT),
-        "GLOO_SOCKET_IFNAME": "eth0",
+        "MASTER_PORT": str(testbed.port),
+        "GLOO_SOCKET_IFNAME": testbed.interface,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         # torch complains about every address that has no name.

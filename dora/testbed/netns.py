@@ -82,11 +82,15 @@ class Network:
         self._has_delay = has_delay
         for namespace in (self.fabric, *self._devices):
             run("ip", "netns", "add", namespace)
+            # It would announce itself on every medium.
+            no_ipv6 = "net.ipv6.conf.default.disable_ipv6=1"
+            run("ip", "netns", "exec", namespace, "sysctl", "-qw", no_ipv6)
         self._make_links(wiring)
         for i in range(len(self._media)):
             self._make_queue(i)
         self._redirect(wiring)
         self._counters = _open_in(self.fabric, "/proc/net/dev")
+        self._first = self.bytes_of_devices()
 
     def namespace(self, device: int) -> str:
         """Returns where the processes of a device run."""
@@ -102,6 +106,11 @@ class Network:
     def connect(self, device: int, is_connected: bool) -> None:
         """Plugs the cable of a device in or out."""
         ip(self.fabric, f"link set port{device} {'up' if is_connected else 'down'}")
+
+    def have_joined(self) -> bool:
+        """Returns whether every device has sent something."""
+        pairs = zip(self.bytes_of_devices(), self._first, strict=True)
+        return all(now > first for (now, _), (first, _) in pairs)
 
     def bytes_of_devices(self) -> list[tuple[int, int]]:
         """Returns (sent, received) of every device so far."""
@@ -249,13 +258,19 @@ def _open_in(namespace: str, path: str) -> IO[str]:
 
 def remove(namespace: str) -> None:
     """Ends what runs in a namespace and deletes it with all its devices."""
-    if not Path(f"/run/netns/{namespace}").exists():
+    path = Path(f"/run/netns/{namespace}")
+    if not path.exists():
         return
-    for pid in run("ip", "netns", "pids", namespace).split():
-        if int(pid) != os.getpid():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-    run("ip", "netns", "delete", namespace)
+    with suppress(NetworkError):  # of a namespace that was never finished
+        for pid in run("ip", "netns", "pids", namespace).split():
+            if int(pid) != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+    try:
+        run("ip", "netns", "delete", namespace)
+    except NetworkError:
+        if path.exists():  # else another start has removed it meanwhile
+            raise
 
 
 def remove_left_over(prefix: str, is_left_over: Callable[[str], bool]) -> None:
@@ -276,16 +291,35 @@ def tc(namespace: str, arguments: str) -> None:
     run("tc", "-n", namespace, *arguments.split())
 
 
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait: one amid starting a command leaves it to run on unseen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for later in came:
+            signal.raise_signal(later)
+
+
 def run(*command: str) -> str:
     """Runs a command and returns what it prints."""
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=_COMMAND_TIMEOUT_S,
-        start_new_session=True,  # Ctrl-C must not break the commands that clean up after it
-        check=False,
-    )
+    with signals_later():
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_TIMEOUT_S,
+            start_new_session=True,  # Ctrl-C must not break the commands that clean up after it
+            check=False,
+        )
     if done.returncode != 0:
         raise NetworkError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout

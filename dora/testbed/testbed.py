@@ -8,37 +8,37 @@
             print(device, line)
         print(testbed.activity())
 
-Needs root, iproute2 and control groups; `why_not` says what is missing.
+Mode 'namespaces' lets the kernel do it (`namespaces.Namespaces`): that needs root, iproute2 and
+control groups, and `why_not` says what is missing. Mode 'buckets' (`rootless.Rootless`) needs none
+of these and emulates less: only traffic of Dora's engine is slowed, gloo's is not; memory has no
+limit and media have no latency; processes that a spawned one starts run at full speed. All devices
+are on the network there when all have reached another one with Dora's engine.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from dora.errors import DoraError
+from dora.errors import DoraError, SpecError
 from dora.spec import Activity, Cluster, Traffic, Usage
-from dora.testbed import cgroup, names, netns
-from dora.testbed.scale import Scale, core_flops_per_s, emulated, largest, packed, shares
-from dora.testbed.wiring import wire
+from dora.testbed import names, namespaces, rootless
+from dora.testbed.namespaces import Namespaces, why_not
+from dora.testbed.process import IDLE_COMMAND, IDLE_ENVIRONMENT
+from dora.testbed.rootless import Rootless
+from dora.testbed.scale import Scale, core_flops_per_s, largest, packed, shares
 
-# A process that has loaded torch holds this much before it has a model.
-_RUNTIME_BYTES = 512 << 20
+MODES = ("namespaces", "buckets")
 _SAMPLE_S = 0.1
-_LOAD = """
-import numpy
-a = numpy.ones((64, 64), "f")
-while True:
-    a @ a
-"""
+_ROOTLESS = (
+    "mode buckets: only traffic of Dora's engine is slowed, gloo's is not; "
+    "memory is not limited; media have no latency"
+)
 
 
 class TestbedError(DoraError, RuntimeError):
@@ -47,18 +47,11 @@ class TestbedError(DoraError, RuntimeError):
     __test__ = False  # or pytest collects it
 
 
-def why_not() -> str:
-    """Returns what this machine lacks for a testbed; empty if nothing."""
-    return netns.why_not() or cgroup.why_not(cgroup.mounts())
-
-
 def remove_left_over() -> None:
     """Removes all that testbeds left whose process was killed."""
-    found = cgroup.mounts()
-    for name in cgroup.parents(names.PREFIX, found):
-        if names.is_left_over(name):
-            cgroup.remove_tree(name, found)
-    netns.remove_left_over(names.PREFIX, names.is_left_over)
+    rootless.remove_left_over()
+    if not why_not():
+        namespaces.remove_left_over()
 
 
 class Testbed:
@@ -69,50 +62,62 @@ class Testbed:
 
     Args:
         cluster: Devices and network, at full size.
-        scale: Factors of speeds and rates; None takes the largest that fits this machine.
+        scale: Factor of all speeds and rates; None takes the largest that fits this machine.
+        network_factor: Of all rates on top of that, for models that are small as well.
+        mode: 'namespaces' or 'buckets', see above; None takes the first where this machine can.
 
     Attributes:
-        cluster: As emulated; make plans for this one.
-        scale: As used.
+        mode: As used.
+        scale: Factors of speeds and rates, as used.
         cores: Share of the processor of every device.
-        has_delay: Whether media have their latency, which takes a kernel with netem.
+        cluster: As emulated; make plans for this one. This and the following come with opening it.
+        has_delay: Whether media have their latency, which takes namespaces and a kernel with netem.
+        interface, port: Of every device, for the rendezvous of its programs.
 
     Raises:
-        TestbedError: This machine can not emulate devices.
+        TestbedError: This machine can not emulate devices in this mode.
         SpecError: The scale does not fit the machine, or the network can not be laid out.
     """
 
     __test__ = False
 
-    def __init__(self, cluster: Cluster, *, scale: Scale | None = None) -> None:
-        if reason := why_not():
-            raise TestbedError(f"the testbed {reason}")
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        scale: float | None = None,
+        network_factor: float = 1.0,
+        mode: str | None = None,
+    ) -> None:
+        self.mode = mode or ("buckets" if why_not() else "namespaces")
+        if self.mode not in MODES:
+            raise SpecError(f"mode: given {self.mode!r}, allowed: {' or '.join(MODES)}")
+        if self.mode == "namespaces" and (reason := why_not()):
+            raise TestbedError(f"the testbed {reason}, or mode 'buckets'")
         num_cores, core = len(os.sched_getaffinity(0)), core_flops_per_s()
-        self.scale = scale or largest(cluster, num_cores, core)
+        compute = scale or largest(cluster, num_cores, core)
+        self.scale = Scale(compute, compute * network_factor)
         self.cores = shares(cluster, self.scale, num_cores, core)
         self._cpus = packed(self.cores)
-        self._wiring = wire(cluster)
-        self._given = cluster
-        self._name = names.fresh()
+        emulation = Namespaces if self.mode == "namespaces" else Rootless
+        self._emulation: Namespaces | Rootless = emulation(names.fresh(), cluster, self.scale)
         self._factors = [1.0] * len(cluster.devices)
         self._is_limited = False
+        self._counting = threading.Lock()
         self._is_closed = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     # ------------------------------------------------------------ life
 
     def __enter__(self) -> Testbed:
-        """Builds the network and the groups, after removing what killed testbeds left."""
-        remove_left_over()
+        """Builds everything, after removing what killed testbeds of this mode left."""
+        emulation = self._emulation
         try:
-            self.has_delay = netns.has_netem(self._name)
-            self.cluster = emulated(self._given, self.scale, has_delay=self.has_delay)
-            self._network = netns.Network(
-                self._name, self.cluster, self._wiring, has_delay=self.has_delay
-            )
-            self._groups = [self._group(i) for i in range(len(self.cluster.devices))]
+            emulation.open()
+            self.cluster, self.has_delay = emulation.cluster, emulation.has_delay
+            self.interface, self.port = emulation.interface, emulation.port
             self._keep_awake()
             self._samples = [self._count()]
-            self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
         except BaseException:
             self.close()
@@ -128,16 +133,28 @@ class Testbed:
         """Kills what runs and removes all."""
         self.close()
 
-    def close(self) -> None:
-        """Kills what runs and removes all."""
-        self._is_closed.set()
-        cgroup.remove_tree(self._name, cgroup.mounts())
-        netns.remove_left_over(self._name, lambda _: True)
+    @property
+    def summary(self) -> str:
+        """What is emulated, in what it falls short, and the cores and rates, in three lines."""
+        cores = [
+            f"{device.name} {share:.2f}"
+            for device, share in zip(self.cluster.devices, self.cores, strict=True)
+        ]
+        rates = [f"{m.name} {m.rate_bytes_per_s * 8e-6:.3g}" for m in self.cluster.media]
+        latency = "as given" if self.has_delay else "none, this kernel can not delay packets"
+        caveat = _ROOTLESS if self.mode == "buckets" else f"latency of media: {latency}"
+        return (
+            f"{self.cluster.name} emulated on this machine: speeds x{self.scale.compute:.3g}, "
+            f"rates x{self.scale.network:.3g}; {caveat}\n"
+            f"cores: {', '.join(cores)}\nMbit/s: {', '.join(rates)}"
+        )
 
-    def _group(self, device: int) -> cgroup.DeviceGroup:
-        group = cgroup.DeviceGroup(self._name, str(device), cgroup.mounts())
-        group.limit_memory(self.cluster.devices[device].memory_bytes + _RUNTIME_BYTES)
-        return group
+    def close(self) -> None:
+        """Kills what runs and removes all; may be repeated."""
+        self._is_closed.set()
+        if self._sampler.is_alive():
+            self._sampler.join()
+        self._emulation.close()
 
     # ------------------------------------------------------------ processes
 
@@ -152,9 +169,7 @@ class Testbed:
             env: Its whole environment.
             options: Of Popen.
         """
-        inside = ["ip", "netns", "exec", self._network.namespace(device), *command]
-        group, cpus = self._groups[device], self._cpus[device]
-        return _start(inside, group, cpus, env=dict(env), start_new_session=True, **options)
+        return self._emulation.spawn(device, command, self._cpus[device], env, **options)
 
     def _keep_awake(self) -> None:
         """Gives every processor something to do that yields to all else.
@@ -165,15 +180,12 @@ class Testbed:
         to minute; kept awake 230 to 315, and with products of matrices times were predicted within
         3 % that were 15 % off with an empty loop.
         """
-        group = cgroup.DeviceGroup(self._name, "awake", cgroup.mounts())
-        idle = ["chrt", "--idle", "0", sys.executable, "-c", _LOAD]
-        env = {"OPENBLAS_NUM_THREADS": "1", "PATH": os.defpath}
         for cpu in sorted(os.sched_getaffinity(0)):
-            _start(idle, group, [cpu], env=env, start_new_session=True)
+            self._emulation.spawn_aside(IDLE_COMMAND, [cpu], IDLE_ENVIRONMENT)
 
     def address(self, device: int) -> str:
         """Returns the IP address of a device."""
-        return netns.address(device)
+        return self._emulation.address(device)
 
     def position(self, name: str) -> int:
         """Returns where a device is in the cluster."""
@@ -181,7 +193,7 @@ class Testbed:
 
     def out_of_memory(self, device: int) -> bool:
         """Returns whether the kernel has killed a process of the device for its memory."""
-        return self._groups[device].out_of_memory()
+        return self._emulation.out_of_memory(device)
 
     # ------------------------------------------------------------ what changes
 
@@ -200,27 +212,25 @@ class Testbed:
     def set_speed(self, name: str, factor: float) -> None:
         """Sets a device to a multiple of its speed; 0 stops it until it gets another one."""
         device = self.position(name)
-        before, self._factors[device] = self._factors[device], factor
-        if factor:
-            self._set_cores(device)
-        if bool(before) != bool(factor):
-            self._groups[device].signal(signal.SIGCONT if factor else signal.SIGSTOP)
+        self._factors[device] = factor
+        self._set_cores(device)
+
+    def _set_cores(self, device: int) -> None:
+        factor = self._factors[device]
+        is_free = factor > 0 and not self._is_limited
+        self._emulation.set_cores(device, None if is_free else self.cores[device] * factor)
 
     def set_rate(self, name: str, factor: float) -> None:
         """Sets a medium to a multiple of its rate; 0 takes it down until it gets another one."""
-        self._network.set_rate([m.name for m in self.cluster.media].index(name), factor)
+        self._emulation.network.set_rate([m.name for m in self.cluster.media].index(name), factor)
 
     def set_connected(self, name: str, is_connected: bool) -> None:
         """Plugs the network cable of a device in or out."""
-        self._network.connect(self.position(name), is_connected)
+        self._emulation.network.connect(self.position(name), is_connected)
 
     def kill(self, name: str) -> None:
         """Kills all processes of a device."""
-        self._groups[self.position(name)].signal(signal.SIGKILL)
-
-    def _set_cores(self, device: int) -> None:
-        cores = self.cores[device] * (self._factors[device] or 1.0)
-        self._groups[device].limit_cores(cores if self._is_limited else None)
+        self._emulation.kill(self.position(name))
 
     # ------------------------------------------------------------ what is counted
 
@@ -236,7 +246,7 @@ class Testbed:
         inside = [sample for sample in samples if begin_s < sample.at_s < end_s]
         rows = [_between(samples, begin_s), *inside, _between(samples, end_s)]
         return Activity(
-            usage=tuple(self._usage(i, rows) for i in range(len(self._groups))),
+            usage=tuple(self._usage(i, rows) for i in range(len(self.cores))),
             traffic=tuple(
                 Traffic(
                     medium=medium.name,
@@ -258,28 +268,31 @@ class Testbed:
             busy_s=min(cpu_s / self.cores[device], total_s),
             sent_bytes=int(last.sent[device] - first.sent[device]),
             received_bytes=int(last.received[device] - first.received[device]),
-            peak_bytes=self._groups[device].peak_bytes(),
+            peak_bytes=int(last.peak_bytes[device]),
         )
 
     def has_sent(self) -> bool:
-        """Returns whether every device has used the network."""
-        now, first = self._count(), self._samples[0]
-        return all(a > b for a, b in zip(now.sent, first.sent, strict=True))
+        """Returns whether every device has used the network: with buckets, Dora's engine has."""
+        with self._counting:
+            return self._emulation.network.have_joined()
 
     def _count(self) -> _Counters:
-        sent, received = zip(*self._network.bytes_of_devices(), strict=True)
-        return _Counters(
-            at_s=time.monotonic(),
-            cpu_s=tuple(group.cpu_s() for group in self._groups),
-            sent=sent,
-            received=received,
-            media=tuple(self._network.bytes_of_media()),
-        )
+        emulation, devices = self._emulation, range(len(self.cores))
+        with self._counting:
+            sent, received = zip(*emulation.network.bytes_of_devices(), strict=True)
+            return _Counters(
+                at_s=time.monotonic(),
+                cpu_s=tuple(emulation.cpu_s(device) for device in devices),
+                peak_bytes=tuple(emulation.peak_bytes(device) for device in devices),
+                sent=sent,
+                received=received,
+                media=tuple(emulation.network.bytes_of_media()),
+            )
 
     def _sample(self) -> None:
-        with suppress(OSError, KeyError):  # the network is being removed
-            while not self._is_closed.wait(_SAMPLE_S):
-                self._samples.append(self._count())
+        while not self._is_closed.wait(_SAMPLE_S):
+            self._samples.append(self._count())
+            self._emulation.free_messengers()
 
 
 class _Counters(NamedTuple):
@@ -287,6 +300,7 @@ class _Counters(NamedTuple):
 
     at_s: float
     cpu_s: tuple[float, ...]
+    peak_bytes: tuple[float, ...]
     sent: tuple[float, ...]
     received: tuple[float, ...]
     media: tuple[float, ...]
@@ -302,14 +316,3 @@ def _between(samples: Sequence[_Counters], at_s: float) -> _Counters:
         return tuple(p + (q - p) * share for p, q in zip(x, y, strict=True))
 
     return _Counters(at_s, *(mixed(x, y) for x, y in zip(a[1:], b[1:], strict=True)))
-
-
-def _start(
-    command: Sequence[str], group: cgroup.DeviceGroup, cpus: Sequence[int], **options: Any
-) -> subprocess.Popen[Any]:
-    """Starts a process as a member of a group; it dies with the thread that called this."""
-    join = "".join(f"echo $$ > {path} && " for path in group.entries) + 'exec "$@"'
-    places = ["taskset", "-c", ",".join(map(str, cpus))]
-    return subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *places, "sh", "-c", join, "sh", *command], **options
-    )
