@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(ENGINE)  ## train and serve a real model over several processes on this machine
+demo: $(ENGINE)  ## train and serve a real model over the devices of an emulated home
 	@$(BIN)/dora demo $(ARGS)
 
 test: $(ENGINE) test-native  ## run the tests, without the slow ones and those that need a GPU

@@ -22,11 +22,10 @@ import typer
 from dora import catalog, views
 from dora.cli_network import doctor, key
 from dora.cli_plan import compare_command, plan_command, simulate_command
-from dora.cli_report import report_command
+from dora.cli_report import report_command, write_report
 from dora.cli_testbed import testbed_command
 from dora.console import FORCE, check_free, err, out, progress_of
-from dora.demo.launch import DemoError, alone_command, demo_environment, devices_command, follow
-from dora.demo.planning import NUM_RANKS
+from dora.demo.launch import DemoError, follow, open_home, with_energy
 from dora.demo.screen import Screen
 from dora.demo.worker import Settings
 from dora.doctor import num_cores
@@ -47,13 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _STOPPED = 130  # exit code after Ctrl-C
-_CAVEAT = """
-{ranks} processes share the {cores} cores of this machine: they add communication and no computing
-power, so they are not faster than the best single process, unless other load disturbed it. What
-this shows is that training and serving over devices works and computes the same. What a plan gains
-shows where devices have processors of their own; the emulated cluster (dora testbed, planned) will
-give each process the speed and the network of a real device.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,11 +160,7 @@ def info(
     result = path / "results.json"
     if not result.exists():
         raise SpecError(f"{path}: given a folder without results.json, allowed: a finished run")
-    results = json.loads(result.read_text(encoding="utf-8"))
-    out.print(views.plan_table([load(Plan, path / "plan.json")], None, "step"))
-    out.print(views.demo_table(results["devices"], results["alone"]))
-    _show_file(path / "timeline.json")
-    out.print(f"Trace, to open in ui.perfetto.dev: {path / 'trace.json'}", soft_wrap=True)
+    _show_demo(path, json.loads(result.read_text(encoding="utf-8")))
 
 
 def _show_file(path: Path) -> None:
@@ -217,38 +205,44 @@ def _show_plan(given: Plan) -> None:
 @app.command()
 def demo(
     folder: Annotated[Path | None, typer.Option("--out", help="Default: a new dora-run.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Of training.")] = 80,
+    steps: Annotated[int, typer.Option(min=2, help="Of training.")] = 60,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps, to see that it runs.")
     ] = False,
     force: FORCE = False,
 ) -> None:
-    """Trains and serves a real model over four processes on this machine, and over one."""
+    """Trains and serves a real model over the devices of a home, emulated on this machine."""
     settings = Settings(steps=steps)
     if quick:
         settings = Settings(
-            steps=min(steps, 8), held_out_batches=2, generated_chars=10, max_chars=400_000
+            steps=min(steps, 8), held_out_batches=1, generated_chars=5, max_chars=400_000
         )
     folder = _new_folder(folder, force)
     save(settings, folder / "settings.json")
+    with open_home() as home:
+        out.print(
+            f"A character model learns the modules of Python's standard library in a home of "
+            f"{len(home.cluster.devices)} devices. Files: {folder}\n{home.summary}\n",
+            soft_wrap=True,
+        )
+        with Screen(out) as screen:
+            result = screen.show(follow(home, folder, os.environ))
+        result = with_energy(home, result, folder)
+    (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    out.print(f"\nWritten by the model after that training:\n{result['generated']}\n")
+    _show_demo(folder, result)
+
+
+def _show_demo(folder: Path, result: dict[str, Any]) -> None:
+    out.print(views.demo_table(result))
     out.print(
-        f"A character model learns the modules of Python's standard library: {NUM_RANKS} processes "
-        f"on this machine, {num_cores()} cores. Files: {folder}",
-        soft_wrap=True,
+        f"Dora's model after {len(result['contenders']['dora']['losses'])} steps: loss "
+        f"{result['loss_after']:.3f}, perplexity on held-out text {result['perplexity']:.2f}"
     )
-    environment = demo_environment(os.environ)
-    with Screen(out) as screen:
-        spread = screen.show(follow(devices_command(folder), folder, environment, limit_s=600))
-        single = screen.show(follow(alone_command(folder), folder, os.environ, limit_s=600))
-    results = {"devices": spread, "alone": single}
-    (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    out.print(f"\nWritten by the model after that training:\n{spread['generated']}\n")
-    out.print(views.demo_table(spread, single))
-    out.print(_CAVEAT.format(ranks=NUM_RANKS, cores=num_cores()))
-    out.print(f"plan: {folder / 'plan.json'}", soft_wrap=True)
+    page, trace = write_report(folder, force=True)
+    out.print(f"report: {page}", soft_wrap=True)
+    out.print(f"trace, to open in ui.perfetto.dev: {trace}", soft_wrap=True)
     out.print(f"checkpoint: {folder / 'checkpoint'}", soft_wrap=True)
-    out.print(f"trace, to open in ui.perfetto.dev: {folder / 'trace.json'}", soft_wrap=True)
-    out.print(f"all of it again: dora info {folder}", soft_wrap=True)
 
 
 def _new_folder(folder: Path | None, force: bool) -> Path:

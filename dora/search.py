@@ -6,6 +6,7 @@ devices without measured times:    catalogue roofline ------------+
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dora.catalog import scale_to_cluster
-from dora.errors import InfeasiblePlanError, SpecError
+from dora.errors import DoraError, InfeasiblePlanError, SpecError
 from dora.files import save
 from dora.judge import case_of, play
 from dora.partition import Chain
@@ -67,11 +68,23 @@ class Planned:
             if self._files
             else profile_everywhere(chain, call, gather, self._cluster, self._workload)
         )
-        result = explore(self.profile, self._cluster, self._workload, self._qoe)
-        if not result.plans:
-            raise InfeasiblePlanError(result.problem)
-        self.plans = result.plans
-        return result.plans[0]
+        searcher = fastest(self.profile, self._cluster)
+        answer = self._search() if dist.get_rank() == searcher else ""
+        found = json.loads(gather(answer.encode())[searcher])
+        if not found["plans"]:
+            raise InfeasiblePlanError(found["problem"])
+        self.plans = [Plan.from_json(plan) for plan in found["plans"]]
+        return self.plans[0]
+
+    def _search(self) -> str:
+        """Returns the plans, or why there are none, as JSON; errors reach all ranks that way."""
+        assert self.profile is not None
+        try:
+            result = explore(self.profile, self._cluster, self._workload, self._qoe)
+        except (DoraError, ValueError) as error:
+            return json.dumps({"plans": [], "problem": str(error)})
+        plans = [plan.to_json() for plan in result.plans]
+        return json.dumps({"plans": plans, "problem": result.problem})
 
     def record(
         self, model: DoraParallel, folder: str | os.PathLike[str], *, name: str = "run"
@@ -116,8 +129,8 @@ def planned(
 ) -> Planned:
     """Returns a function that makes the plan where the model runs, for `DoraParallel`.
 
-    Every rank measures the blocks on its own device, all at once; all ranks then search over the
-    same numbers and so find the same plan. Rank i is `cluster.devices[i]`.
+    Every rank measures the blocks on its own device, all at once; the fastest device then searches
+    and tells the others. Rank i is `cluster.devices[i]`.
     ::
 
         plan = planned(cluster, Workload(batch_size=32))
@@ -217,6 +230,22 @@ def explore(
     result = search(complete, cluster, workload, qoe, effort_s=effort_s)
     with_links = [plan.model_copy(update={"links": cluster.links}) for plan in result.plans]
     return result._replace(plans=with_links)
+
+
+def fastest(profile: ModelProfile, cluster: Cluster) -> int:
+    """Returns the position of the device that runs the model in the least time, as measured."""
+    times_s = {
+        device: sum(
+            timing.forward_s + timing.backward_s
+            for block in profile.blocks
+            for timing in block.costs[-1].timings
+            if timing.device == device
+        )
+        for device in measured_devices(profile)
+    }
+    known = [d.name for d in cluster.devices if d.name in times_s]
+    name = min(known, key=lambda device: times_s[device], default=cluster.devices[0].name)
+    return [device.name for device in cluster.devices].index(name)
 
 
 def measured_devices(profile: ModelProfile) -> tuple[str, ...]:

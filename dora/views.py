@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -221,21 +221,25 @@ def profile_table(profile: ModelProfile) -> Table:
     return table
 
 
-def demo_table(devices: Mapping[str, Any], alone: Mapping[str, Any]) -> Table:
-    """Returns the demo's results: one process, and Dora on four."""
-    threads = f"{alone['threads']} thread" + "s" * (alone["threads"] > 1)
-    table = _table("", f"best single process ({threads})", "Dora, 4 processes")
+def demo_table(result: Mapping[str, Any]) -> Table:
+    """Returns the demo's results: Dora's plan beside others, predicted beside measured."""
+    contenders: Mapping[str, Any] = result["contenders"]
+    table = _table("", *contenders)
+    last = min(len(c["losses"]) for c in contenders.values())
 
-    def row(name: str, key: str, form: str) -> None:
-        table.add_row(name, form.format(alone[key]), form.format(devices[key]))
+    def row(name: str, text: Callable[[Mapping[str, Any]], str]) -> None:
+        table.add_row(name, *(text(contender) for contender in contenders.values()))
 
-    row("loss before", "loss_before", "{:.3f}")
-    row("loss after", "loss_after", "{:.3f}")
-    row("perplexity, held-out", "perplexity", "{:.2f}")
-    row("samples/s", "samples_per_s", "{:.0f}")
-    table.add_row("step, measured", seconds(alone["step_s"]), seconds(devices["step_s"]))
-    error = devices["predicted_s"] / devices["step_s"] - 1
-    table.add_row("step, predicted", "", f"{seconds(devices['predicted_s'])} ({error:+.0%})")
+    def error(contender: Mapping[str, Any]) -> str:
+        ratio = contender["predicted_s"] / contender["step_s"] - 1
+        return f"{seconds(contender['predicted_s'])} ({ratio:+.0%})"
+
+    row("devices", lambda c: ", ".join(c["devices"]))
+    row(f"loss of step 1, {last}", lambda c: f"{c['losses'][0]:.3f}, {c['losses'][last - 1]:.3f}")
+    row("step, measured", lambda c: seconds(c["step_s"]))
+    row("step, predicted", error)
+    row("energy a step, from measured activity", lambda c: f"{c['energy_j']:.3g} J")
+    row("energy a step, predicted", lambda c: f"{c['predicted_j']:.3g} J")
     return table
 
 

@@ -1,8 +1,7 @@
-"""What `dora demo` runs: a character model trained and served by four processes, and by one.
+"""What `dora demo` runs: a character model trained and served by the devices of an emulated home.
 
 charlm.py    the model, and the text of Python's standard library
-planning.py  the plan for processes that share one machine's cores
-worker.py    what every process does
-launch.py    starts and stops the processes, passes on what they report
+worker.py    what every device does
+launch.py    sets up the home, starts the devices, passes on what they report
 screen.py    shows it
 """

@@ -1,143 +1,75 @@
-"""Starts the processes of the demo, passes on what they report, and leaves none running."""
+"""Runs the demo on an emulated home and passes on what its devices report."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from dora.demo.planning import NUM_RANKS
+from dora.catalog import scenario
 from dora.errors import DoraError
+from dora.files import load, save
+from dora.spec import Run
+from dora.testbed import Job, Testbed, modelled_energy
 
-_POLL_S = 0.1
-# What a stopped process gets to end by itself.
-_GRACE_S = 5.0
+HOME = "smart-home-1"
+# The model is small: it does about that much less computing per byte that it sends than the models
+# that such a home is for (width 128 instead of 1024, and short texts).
+NETWORK_FACTOR = 16.0
+_LIMIT_S = 600.0
 
 
 class DemoError(DoraError, RuntimeError):
-    """A process of the demo failed; says why and where its log is."""
+    """A device of the demo failed; says why and where its log is."""
 
 
-def devices_command(folder: Path) -> list[str]:
-    """Returns the torchrun command that runs one process per device, on a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"]
-    return [
-        *launcher,
-        *rendezvous,
-        f"--nproc-per-node={NUM_RANKS}",
-        "--max-restarts=0",
-        "-m",
-        "dora.demo.worker",
-        str(folder),
-    ]
-
-
-def alone_command(folder: Path) -> list[str]:
-    """Returns the command that runs the plain module in one process."""
-    return [sys.executable, "-m", "dora.demo.worker", str(folder), "--alone"]
-
-
-def demo_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of the processes: gloo on the loopback interface.
-
-    By default gloo takes the interface that the host's name resolves to, which on laptops is
-    often none.
-    """
-    loopback = (
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address == "127.0.0.1" for address in addresses)
-    )
-    return {**environment, "GLOO_SOCKET_IFNAME": next(loopback, "lo")}
+def open_home() -> Testbed:
+    """Returns the home, not built yet."""
+    return Testbed(scenario(HOME).cluster, network_factor=NETWORK_FACTOR)
 
 
 def follow(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], *, limit_s: float
+    testbed: Testbed, folder: Path, environment: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Runs `command` and yields the events that its processes report, until it ends.
+    """Runs the devices and yields the events that they report, until all have ended.
 
-    However this ends, no process is left running.
+    Args:
+        testbed: Open.
+        folder: With the settings; gets cluster.json, log.txt and what the devices write.
+        environment: Of the devices.
 
     Raises:
-        DemoError: A process failed, or the limit was reached.
+        DemoError: A device failed, or the limit was reached.
     """
-    events, log = folder / "events.jsonl", folder / "log.txt"
-    events.touch()
+    save(testbed.cluster, folder / "cluster.json")
+    command = [sys.executable, "-m", "dora.demo.worker", str(folder.absolute())]
+    job = Job(testbed, command, environment, limit_s=_LIMIT_S)
     failures = []
-    with log.open("ab") as output, events.open() as lines:
-        lines.seek(0, 2)
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=dict(environment),
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + limit_s
-        try:
-            while True:
-                has_ended = process.poll() is not None
-                for event in _complete(lines):
-                    if event["event"] == "error":
-                        failures.append(event)
-                    else:
-                        yield event
-                if has_ended:
-                    break
-                if time.monotonic() > deadline:
-                    raise DemoError(f"still running after {limit_s:g} s: see {log}")
-                time.sleep(_POLL_S)
-        finally:
-            stop(process)
-    if process.returncode:
-        raise DemoError(_explain(failures, process.returncode, log))
+    with (folder / "log.txt").open("a") as log:
+        for device, line in job.lines():
+            if not line.startswith('{"event"'):
+                log.write(f"{device}: {line}\n")
+            elif (event := json.loads(line))["event"] == "error":
+                failures.append(event)
+            else:
+                yield event
+    if job.problem:
+        # The loss of a peer only follows from another failure.
+        first = [f for f in failures if f["kind"] != "PeerLostError"] or failures
+        why = f"{first[0]['kind']}: {first[0]['text']}" if first else job.problem
+        raise DemoError(f"a device failed: {why} (log: {folder / 'log.txt'})")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started; torchrun's workers are sessions of their own."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_S)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-
-
-def _complete(lines: Any) -> Iterator[dict[str, Any]]:
-    """Yields the events of the lines that are complete so far."""
-    while True:
-        position = lines.tell()
-        line = lines.readline()
-        if not line.endswith("\n"):
-            lines.seek(position)
-            return
-        yield json.loads(line)
-
-
-def _explain(failures: Sequence[Mapping[str, Any]], returncode: int, log: Path) -> str:
-    """Returns the first failure that is not the loss of a peer, which only follows from one."""
-    first = [f for f in failures if f["kind"] != "PeerLostError"] or failures
-    if first:
-        return f"a process failed: {first[0]['kind']}: {first[0]['text']} (log: {log})"
-    # torchrun names the root cause last.
-    signals = re.findall(r"Signal \d+ \(\w+\) received by PID \d+", log.read_text())
-    why = signals[-1] if signals else f"ended with exit code {returncode}"
-    return f"a process failed: {why} (log: {log})"
+def with_energy(testbed: Testbed, result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the result with joules per step of every contender; completes the run's record."""
+    for contender in result["contenders"].values():
+        activity = testbed.activity(tuple(contender["window_s"]))
+        energy = modelled_energy(activity, testbed.cluster)
+        used = [e.joules for e in energy if e.device in contender["devices"]]
+        contender["energy_j"] = sum(used) / contender["steps"]
+    run = load(Run, folder / "run.json")
+    more = {"activity": testbed.activity(run.window_s), "note": testbed.summary}
+    save(run.model_copy(update=more), folder / "run.json")
+    return result

@@ -69,17 +69,9 @@ class Screen:
         return result
 
     def _planned(self, event: Mapping[str, Any]) -> None:
-        plans = [Plan.from_json(text) for text in event["candidates"][:_MAX_PLANS]]
-        single = Plan.from_json(event["single"]) if event["single"] else None
-        chosen = Plan.from_json(event["plan"])
-        self._console.print(
-            "\nWhat the planner proposes for four devices, each as fast as one of the processes is "
-            "while all of\nthem share the cores (alone, a process is faster: see the last table):"
-        )
-        self._console.print(views.plan_table(plans, single, "step"))
-        self._console.print(views.single_line(single))
-        self._console.print("To show replicas and pipeline stages at once, the demo runs:")
-        self._console.print(views.plan_table([chosen], single, "step"))
+        plans = [Plan.from_json(text) for text in event["candidates"]]
+        self._console.print("\nWhat the planner proposes; the first one runs:")
+        self._console.print(views.plan_table(plans[:_MAX_PLANS], None, "step"))
         self._console.print()
 
     def _phase(self, event: Mapping[str, Any]) -> None:

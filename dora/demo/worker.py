@@ -1,6 +1,6 @@
-"""What every process of `dora demo` does; started by launch.py as `-m dora.demo.worker FOLDER`.
+"""What every device of `dora demo` does; started by launch.py as `-m dora.demo.worker FOLDER`.
 
-Results and progress go to files in FOLDER, since only the command line prints.
+Progress and results are lines of JSON on standard output, which launch.py reads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,40 +17,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dora.demo.charlm import CharLM, Text, batches, decode, next_char_loss, stdlib_text
-from dora.demo.planning import NUM_RANKS, best_hybrid, mean_pass_s, process, with_passes
-from dora.doctor import num_cores
-from dora.files import save
-from dora.profiler import measure_links, to_cluster
+from dora.files import load
+from dora.planner import predict
+from dora.planner.baselines import BASELINES
 from dora.runtime.parallel import DoraParallel
-from dora.search import explore, profile_everywhere
-from dora.simulator import to_trace
-from dora.spec import Plan, Spec, Workload
-
-# Before it, allocators and threads warm up; not part of the step times.
-WARMUP_STEPS = 5
-
-# For each number of threads that the single process tries.
-TRIAL_STEPS = 4
+from dora.search import planned
+from dora.spec import Cluster, Plan, Spec, Workload
 
 Report = Callable[..., None]
-Step = Callable[[torch.Tensor, torch.Tensor], float]
+# What is shown beside Dora, and who plans it.
+RIVALS = {
+    "best single device": "best-single",
+    "even pipeline over all devices": "even-pipeline",
+}
 
 
 class Settings(Spec):
-    """What the processes run; one micro-batch has batch_size / num_microbatches samples."""
+    """What the devices run."""
 
-    steps: int = 80
+    steps: int = 60
+    rival_steps: int = 4
     batch_size: int = 32
-    num_microbatches: int = 8
     context: int = 64
-    width: int = 96
+    width: int = 128
     learning_rate: float = 4e-3
     max_chars: int = 2_000_000
-    held_out_batches: int = 8
-    generated_chars: int = 120
+    held_out_batches: int = 4
+    generated_chars: int = 60
 
     def model(self) -> CharLM:
         """Returns the model, equal on all ranks."""
@@ -65,163 +59,97 @@ class Settings(Spec):
         )
 
 
-def over_devices(folder: Path, settings: Settings, report: Report) -> None:
-    """Profiles, plans, trains, serves and saves on one of the ranks."""
+def run(folder: Path, settings: Settings, report: Report) -> None:
+    """Profiles, plans, trains, serves, saves and compares on one of the ranks."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
-    report = report if rank == 0 else lambda event, **fields: None
-    torch.set_num_threads(max(1, num_cores() // NUM_RANKS))
-    report("phase", name="text, links between the processes")
+    report = report if dist.get_rank() == 0 else lambda event, **fields: None
+    cluster = load(Cluster, folder / "cluster.json")
+    workload = Workload(batch_size=settings.batch_size)
     text = stdlib_text(settings.max_chars)
-    links = measure_links(sizes=(16 << 10, 256 << 10), repeats=3)
-    cluster = to_cluster([process(i) for i in range(NUM_RANKS)], links, name="this machine")
-    workload = Workload(batch_size=settings.batch_size, num_microbatches=settings.num_microbatches)
-    inputs, targets = next(settings.batches(text.train, 1, seed=0))
+    inputs, _ = next(settings.batches(text.train, 1, seed=0))
 
-    def plan(chain: Any, call: Any, gather: Any) -> Plan:
-        report("phase", name="every block, on all processes at once")
-        profile = profile_everywhere(
-            chain, call, gather, cluster, workload, loss_fn=next_char_loss, targets=targets
-        )
-        size = settings.batch_size // settings.num_microbatches
-        mine = mean_pass_s(chain.module, inputs[:size], targets[:size])
-        profile = with_passes(profile, [float(part) for part in gather(str(mine).encode())])
-        report("phase", name="planning")
-        chosen = best_hybrid(profile, cluster, workload)
-        if rank == 0:
-            for name, spec in (("plan", chosen), ("profile", profile), ("cluster", cluster)):
-                save(spec, folder / f"{name}.json")
-            found = explore(profile, cluster, workload, effort_s=0.2)
-            single = found.best_single
-            report(
-                "planned",
-                plan=chosen.to_json(),
-                candidates=[p.to_json() for p in found.plans],
-                single=single.to_json() if single else None,
-            )
-        return chosen
-
+    report("phase", name="every device measures the blocks of the model, then one plans")
+    plan = planned(cluster, workload)
     model = DoraParallel(settings.model(), plan, sample=inputs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    assert plan.profile is not None
+    report("planned", candidates=[p.to_json() for p in plan.plans], cluster=cluster.to_json())
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> float:
-        return float(model.step(x, y, next_char_loss))
-
-    report("phase", name=f"training on {NUM_RANKS} processes", total=settings.steps)
-    measured = train(
-        step,
-        model,
-        clip=model.clip_grad_norm_,
-        optimizer=optimizer,
-        text=text,
-        settings=settings,
-        report=report,
-    )
-    timeline = model.timeline()
+    report("phase", name="training on Dora's plan", total=settings.steps)
+    losses = train(model, text, settings, settings.steps, report)
+    plan.record(model, folder, name="dora demo")
+    contenders = {"dora": _measured(model, losses)}
     report("phase", name="serving", total=settings.held_out_batches + settings.generated_chars)
     perplexity = held_out_perplexity(model, text, settings, report)
     written = generate(model, text.held_out[: settings.context], settings, report)
-    report("phase", name="writing the checkpoint")
     model.save(folder / "checkpoint")
-    if rank == 0:
-        save(timeline, folder / "timeline.json")
-        (folder / "trace.json").write_text(to_trace(timeline, model.plan.devices))
+    model.transport.close()
+    for name, planner in RIVALS.items():
+        report("phase", name=f"the same on: {name}", total=settings.rival_steps)
+        rival = BASELINES[planner](plan.profile, cluster, workload)
+        priced = predict(plan.profile, cluster, workload, rival)
+        linked = priced.model_copy(update={"links": cluster.links})
+        contenders[name] = _rival(linked, text, settings, report)
     report(
         "result",
-        **measured,
+        contenders=contenders,
         perplexity=perplexity,
         generated=written,
-        predicted_s=model.plan.cost.makespan_s if model.plan.cost else None,
+        loss_after=statistics.fmean(losses[-10:]),
         files=text.num_files,
         chars=len(text.train),
     )
     dist.destroy_process_group()
 
 
-def alone(settings: Settings, report: Report) -> None:
-    """Trains the plain module in this process: same data, same steps, best number of threads."""
-    text = stdlib_text(settings.max_chars)
-    report("phase", name="one process: how many threads?")
-    threads = min({1, num_cores()}, key=lambda count: _trial_s(count, text, settings))
-    torch.set_num_threads(threads)
-    model = settings.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-
-    def clip(max_norm: float) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-
-    report("phase", name="training on one process", total=settings.steps)
-    step = _plain_step(model)
-    measured = train(
-        step,
-        model,
-        clip=clip,
-        optimizer=optimizer,
-        text=text,
-        settings=settings,
-        report=report,
-    )
-    perplexity = held_out_perplexity(model, text, settings, lambda *_, **__: None)
-    report("result", **measured, perplexity=perplexity, threads=threads)
+def _rival(plan: Plan, text: Text, settings: Settings, report: Report) -> dict[str, Any]:
+    """Trains a fresh model for a few steps on another plan."""
+    inputs, _ = next(settings.batches(text.train, 1, seed=0))
+    model = DoraParallel(settings.model(), plan, sample=inputs)
+    losses = train(model, text, settings, settings.rival_steps, report)
+    found = _measured(model, losses)
+    model.transport.close()
+    return found
 
 
-def _plain_step(model: nn.Module) -> Step:
-    def step(x: torch.Tensor, y: torch.Tensor) -> float:
-        loss = next_char_loss(model(x), y)
-        loss.backward()
-        return loss.item()
-
-    return step
-
-
-def _trial_s(threads: int, text: Text, settings: Settings) -> float:
-    """Returns the least time of a few steps with that many threads."""
-    torch.set_num_threads(threads)
-    step = _plain_step(settings.model())
-    times_s = []
-    for x, y in settings.batches(text.train, TRIAL_STEPS, seed=0):
-        start = time.perf_counter()
-        step(x, y)
-        times_s.append(time.perf_counter() - start)
-    return min(times_s)
-
-
-def train(
-    step: Step,
-    model: nn.Module,
-    *,
-    clip: Callable[[float], Any],
-    optimizer: torch.optim.Optimizer,
-    text: Text,
-    settings: Settings,
-    report: Report,
-) -> dict[str, Any]:
-    """Runs the training loop; returns first and last loss, medians of step and iteration."""
-    model.train()
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=settings.learning_rate, total_steps=settings.steps, pct_start=0.2
-    )
-    losses, steps_s, iterations_s = [], [], []
-    for i, (x, y) in enumerate(settings.batches(text.train, settings.steps, seed=0)):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        losses.append(step(x, y))
-        steps_s.append(time.perf_counter() - start)
-        clip(1.0)
-        optimizer.step()
-        schedule.step()
-        iterations_s.append(time.perf_counter() - start)
-        report("progress", done=i + 1, loss=losses[-1])
-    warm = min(WARMUP_STEPS, settings.steps - 1)
+def _measured(model: DoraParallel, losses: list[float]) -> dict[str, Any]:
+    """Returns what `dora demo` shows of the steps so far; the first one finds the shapes."""
+    calls = list(model.calls)[1:]
+    plan = model.plan
     return {
-        "loss_before": losses[0],
-        "loss_after": statistics.fmean(losses[-10:]),
-        "step_s": statistics.median(steps_s[warm:]),
-        "samples_per_s": settings.batch_size / statistics.median(iterations_s[warm:]),
+        "plan": plan.to_json(),
+        "devices": sorted({r.device for stage in plan.stages for r in stage.replicas}),
+        "losses": losses,
+        "step_s": statistics.median(call.end_s - call.start_s for call in calls),
+        "predicted_s": plan.cost.makespan_s if plan.cost else None,
+        "predicted_j": plan.cost.energy_j if plan.cost else None,
+        "window_s": (calls[0].start_s, calls[-1].end_s),
+        "steps": len(calls),
     }
 
 
-def held_out_perplexity(model: nn.Module, text: Text, settings: Settings, report: Report) -> float:
+def train(
+    model: DoraParallel, text: Text, settings: Settings, steps: int, report: Report
+) -> list[float]:
+    """Runs the training loop; returns the losses."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.2
+    )
+    losses = []
+    for i, (x, y) in enumerate(settings.batches(text.train, steps, seed=0)):
+        optimizer.zero_grad()
+        losses.append(float(model.step(x, y, next_char_loss)))
+        model.clip_grad_norm_(1.0)
+        optimizer.step()
+        schedule.step()
+        report("progress", done=i + 1, loss=losses[-1])
+    return losses
+
+
+def held_out_perplexity(
+    model: DoraParallel, text: Text, settings: Settings, report: Report
+) -> float:
     """Returns exp(mean loss) on modules that were not trained on."""
     model.eval()
     losses = []
@@ -232,7 +160,7 @@ def held_out_perplexity(model: nn.Module, text: Text, settings: Settings, report
     return math.exp(statistics.fmean(losses))
 
 
-def generate(model: nn.Module, prompt: torch.Tensor, settings: Settings, report: Report) -> str:
+def generate(model: DoraParallel, prompt: torch.Tensor, settings: Settings, report: Report) -> str:
     """Continues the prompt character by character; equal draws on all ranks."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -246,25 +174,22 @@ def generate(model: nn.Module, prompt: torch.Tensor, settings: Settings, report:
     return decode(codes[len(prompt) :])
 
 
-def main(folder: Path, is_alone: bool) -> int:
-    """Runs one process; whatever goes wrong is reported as an event."""
-    settings = Settings.from_json((folder / "settings.json").read_text())
-    with (folder / "events.jsonl").open("a", buffering=1) as events:
+def main(folder: Path) -> int:
+    """Runs one device; whatever goes wrong is reported as an event."""
+    torch.set_num_threads(1)
 
-        def report(event: str, **fields: Any) -> None:
-            events.write(json.dumps({"event": event, "alone": is_alone, **fields}) + "\n")
+    def report(event: str, **fields: Any) -> None:
+        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+        sys.stdout.flush()
 
-        try:
-            if is_alone:
-                alone(settings, report)
-            else:
-                over_devices(folder, settings, report)
-        except BaseException as error:
-            report("error", kind=type(error).__name__, text=" ".join(str(error).split()))
-            traceback.print_exc()
-            return 1
+    try:
+        run(folder, load(Settings, folder / "settings.json"), report)
+    except BaseException as error:
+        report("error", kind=type(error).__name__, text=" ".join(str(error).split()))
+        traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), "--alone" in sys.argv[2:]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -188,12 +188,19 @@ def provenance(found: list[Joules]) -> str:
 def peaks(run: Run) -> dict[str, tuple[int | None, int | None]]:
     """Returns the peak memory of each device whose peak is known: (predicted, measured)."""
     predicted = {m.device: m.peak_bytes for m in run.predicted.memory} if run.predicted else {}
-    counted = {u.device: u.peak_bytes for u in run.activity.usage} if run.activity else {}
-    measured = {name: size for name, size in counted.items() if size}
-    measured |= {m.device: m.peak_bytes for m in run.measured.memory}
-    used = [r.device for stage in run.plan.stages for r in stage.replicas]
-    pairs = {name: (predicted.get(name), measured.get(name)) for name in used}
+    measured = {m.device: m.peak_bytes for m in run.measured.memory}
+    pairs = {name: (predicted.get(name), measured.get(name)) for name in _used(run)}
     return {name: pair for name, pair in pairs.items() if pair != (None, None)}
+
+
+def process_peaks(run: Run) -> dict[str, int]:
+    """Returns the peak of each device's whole process, with Python and its libraries."""
+    counted = {u.device: u.peak_bytes for u in run.activity.usage} if run.activity else {}
+    return {name: counted[name] for name in _used(run) if counted.get(name)}
+
+
+def _used(run: Run) -> list[str]:
+    return [replica.device for stage in run.plan.stages for replica in stage.replicas]
 
 
 class Bound(NamedTuple):

@@ -27,6 +27,7 @@ from dora.report.facts import (
     predicted_energy,
     predicted_j,
     predicted_s,
+    process_peaks,
     provenance,
     step_word,
     times_s,
@@ -184,6 +185,8 @@ def _figures(run: Run) -> Markup:
     for name, (before, after) in peaks(run).items():
         limit = num_bytes(run.cluster.device(name).memory_bytes)
         rows.append(_row(f"peak memory, {name} (has {limit})", before, after, num_bytes))
+    for name, size in process_peaks(run).items():
+        rows.append(_row(f"with Python and its libraries, {name}", None, size, num_bytes))
     columns = ("", "predicted", "measured", "error of the prediction")
     return table(columns, rows, class_="figures")
 
