@@ -10,6 +10,7 @@ from dora.errors import SpecError
 from dora.spec import (
     ACTION_KINDS,
     Action,
+    Activity,
     BlockCost,
     BlockProfile,
     BoundaryCodec,
@@ -26,13 +27,16 @@ from dora.spec import (
     PowerMode,
     QoE,
     Replica,
+    Run,
     Schedule,
     Span,
     Stage,
     TiedParameter,
     Timeline,
     Timing,
+    Traffic,
     Transfer,
+    Usage,
     Workload,
     routes_from_shares,
 )
@@ -224,7 +228,7 @@ transfers = st.builds(
 schedules = st.builds(
     Schedule, actions_by_rank=tuples(tuples(actions())), transfers=tuples(transfers)
 )
-provenances = st.sampled_from(["measured", "modelled", "none"])
+provenances = st.sampled_from(["measured", "modelled from measured activity", "modelled", "none"])
 timelines = st.builds(
     Timeline,
     source=st.sampled_from(["predicted", "measured"]),
@@ -247,6 +251,48 @@ decisions = st.builds(
     reason=st.text(max_size=10),
     plans=plans().map(lambda plan: (plan,)),
     weights=tuples(fractions),
+)
+
+usages = st.builds(
+    Usage,
+    device=names,
+    total_s=non_negative,
+    busy_s=non_negative,
+    sent_bytes=num_bytes,
+    received_bytes=num_bytes,
+    peak_bytes=num_bytes,
+)
+
+
+@st.composite
+def traffic(draw):
+    count = draw(small)
+    at_s = sorted(draw(st.lists(non_negative, min_size=count, max_size=count)))
+    carried = sorted(draw(st.lists(num_bytes, min_size=count, max_size=count)))
+    rate = draw(positive)
+    return Traffic(
+        medium=draw(names),
+        rate_bytes_per_s=rate,
+        at_s=tuple(at_s),
+        carried_bytes=tuple(carried),
+    )
+
+
+activities = st.builds(Activity, usage=tuples(usages), traffic=tuples(traffic()))
+runs = st.builds(
+    Run,
+    name=names,
+    cluster=clusters(),
+    workload=workloads(),
+    qoe=qoes,
+    plan=plans(),
+    front=tuples(plans()),
+    predicted=maybe(timelines),
+    measured=timelines,
+    times_s=tuples(positive),
+    window_s=maybe(st.tuples(non_negative, non_negative)),
+    activity=maybe(activities),
+    note=names,
 )
 
 STRATEGIES = {
@@ -276,6 +322,10 @@ STRATEGIES = {
     Energy: st.builds(Energy, device=names, joules=non_negative, provenance=provenances),
     Timeline: timelines,
     Decision: decisions,
+    Usage: usages,
+    Traffic: traffic(),
+    Activity: activities,
+    Run: runs,
 }
 
 

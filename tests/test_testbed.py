@@ -158,10 +158,9 @@ def test_largest_scale_fits_and_keeps_proportions(speeds, num_cores, core):
     except SpecError as error:
         assert "allowed: at least" in str(error)
         return
-    assert scale.compute == scale.network
     assert max(found) <= 1 + 1e-9 and sum(found) < num_cores
     for device, share in zip(cluster.devices, found, strict=True):
-        assert share * core == pytest.approx(speed(device) * scale.compute)
+        assert share * core == pytest.approx(speed(device) * scale)
 
 
 @given(SPEEDS, CORES)
@@ -169,17 +168,17 @@ def test_too_large_a_scale_names_one_that_fits(speeds, num_cores):
     cluster = computers(speeds)
     wanted = 1.5 * num_cores * 1e10 / sum(speeds)
     with pytest.raises(SpecError, match="allowed: at most") as error:
-        shares(cluster, Scale(wanted, wanted), num_cores, 1e10)
+        shares(cluster, wanted, num_cores, 1e10)
     assert "\n" not in str(error.value)
     allowed = 0.999 * float(str(error.value).rpartition(" ")[2])  # it is rounded
     assert allowed == pytest.approx(wanted / 1.5, rel=0.01)
     if min(speeds) * allowed > 0.011 * 1e10:
-        assert sum(shares(cluster, Scale(allowed, 1.0), num_cores, 1e10)) <= num_cores
+        assert sum(shares(cluster, allowed, num_cores, 1e10)) <= num_cores
 
 
 def test_a_device_that_gets_next_to_nothing_is_named():
     with pytest.raises(SpecError, match=r"leaves 0\.0010 cores for d1") as error:
-        shares(computers([1e12, 1e9]), Scale(1.0, 1.0), 2, 1e12)
+        shares(computers([1e12, 1e9]), 1.0, 2, 1e12)
     assert "\n" not in str(error.value)
 
 
@@ -595,7 +594,7 @@ def test_two_testbeds_side_by_side():
         (["--trace", "bad.csv", "--", "x.py"], "bad.csv"),
         (["--trace", "none.csv", "--", "x.py"], "none.csv"),
         (["--at", "3 kill cellar", "--", "x.py"], "allowed: 'SECONDS VERB NAME'"),
-        (["--network-scale", "0.5", "--", "x.py"], "given without --scale"),
+        (["--network-factor", "0", "--", "x.py"], "--network-factor"),
         (["--scale", "1000", "--", "x.py"], "allowed: at most"),
         (["--scale", "1e-9", "--", "x.py"], "allowed: at least"),
         (["--", "torchrun", "x.py"], "leave out torchrun"),

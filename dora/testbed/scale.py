@@ -44,23 +44,23 @@ def largest(cluster: Cluster, num_cores: int, core_flops_per_s: float) -> float:
     return min(num_cores * _USED_CORES / sum(speeds), 1 / max(speeds)) * core_flops_per_s
 
 
-def shares(cluster: Cluster, scale: Scale, num_cores: int, core_flops_per_s: float) -> list[float]:
-    """Returns the cores of every device.
+def shares(cluster: Cluster, factor: float, num_cores: int, core_flops_per_s: float) -> list[float]:
+    """Returns the cores of every device at that factor of all speeds.
 
     Raises:
         SpecError: They need more cores than there are, or one gets next to nothing.
     """
-    found = [speed(d) * scale.compute / core_flops_per_s for d in cluster.devices]
+    found = [speed(d) * factor / core_flops_per_s for d in cluster.devices]
     if sum(found) > num_cores:
         raise SpecError(
-            f"scale: given {scale.compute:.4g}, which needs {sum(found):.2f} cores of {num_cores}, "
-            f"allowed: at most {scale.compute * num_cores / sum(found):.4g}"
+            f"scale: given {factor:.4g}, which needs {sum(found):.2f} cores of {num_cores}, "
+            f"allowed: at most {factor * num_cores / sum(found):.4g}"
         )
     slowest = min(found)
     if slowest < _MIN_SHARE:
         name = cluster.devices[found.index(slowest)].name
         raise SpecError(
-            f"scale: given {scale.compute:.4g}, which leaves {slowest:.4f} cores for {name}, "
+            f"scale: given {factor:.4g}, which leaves {slowest:.4f} cores for {name}, "
             f"allowed: at least {_MIN_SHARE} for every device: leave out the slowest or fastest"
         )
     return found

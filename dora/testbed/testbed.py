@@ -97,7 +97,7 @@ class Testbed:
         num_cores, core = len(os.sched_getaffinity(0)), core_flops_per_s()
         compute = scale or largest(cluster, num_cores, core)
         self.scale = Scale(compute, compute * network_factor)
-        self.cores = shares(cluster, self.scale, num_cores, core)
+        self.cores = shares(cluster, compute, num_cores, core)
         self._cpus = packed(self.cores)
         emulation = Namespaces if self.mode == "namespaces" else Rootless
         self._emulation: Namespaces | Rootless = emulation(names.fresh(), cluster, self.scale)
