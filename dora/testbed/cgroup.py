@@ -100,16 +100,18 @@ class DeviceGroup:
         _write(self._cpu / "cpu.cfs_quota_us", str(-1 if quota is None else quota))
 
     def yield_to_others(self) -> None:
-        """Lets members run only where no other group wants to.
+        """Lets members run only where nothing else on this machine wants to.
 
-        The kernel shares a processor between groups first: idle processes in one that is not idle
-        take half of it, and a device with 0.8 of a core got 0.63.
+        The kernel shares a processor between groups first, level by level: idle processes in a
+        group that is not idle take half of it, and a device with 0.8 of a core got 0.63. So the
+        folder above, which has to be for this group alone, is idle too.
         """
-        idle, weight = self._cpu / "cpu.idle", "cpu.weight" if self._is_v2 else "cpu.shares"
-        if idle.exists():  # since Linux 5.15
-            _write(idle, "1")
-        else:
-            _write(self._cpu / weight, "1" if self._is_v2 else "2")  # the smallest allowed
+        weight = "cpu.weight" if self._is_v2 else "cpu.shares"
+        for folder in (self._cpu.parent, self._cpu):
+            if (folder / "cpu.idle").exists():  # since Linux 5.15
+                _write(folder / "cpu.idle", "1")
+            else:
+                _write(folder / weight, "1" if self._is_v2 else "2")  # the smallest allowed
 
     def free_messengers(self) -> None:
         """Lets the threads that carry messages run outside the device's share; version 1 only.

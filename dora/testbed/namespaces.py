@@ -66,7 +66,7 @@ class Namespaces:
         self.cluster = emulated(self._given, self._scale, has_delay=self.has_delay)
         self.network = netns.Network(name, self.cluster, self._wiring, has_delay=self.has_delay)
         self._groups = [self._group(i) for i in range(len(self.cluster.devices))]
-        self._aside = cgroup.DeviceGroup(name, "aside", cgroup.mounts())
+        self._aside = cgroup.DeviceGroup(f"{name}-aside", "idle", cgroup.mounts())
         self._aside.yield_to_others()
 
     def _group(self, device: int) -> cgroup.DeviceGroup:
@@ -78,6 +78,7 @@ class Namespaces:
         """Kills what runs and removes all."""
         with netns.signals_later(), ExitStack() as stack:
             stack.callback(netns.remove_left_over, self._name, lambda _: True)
+            stack.callback(cgroup.remove_tree, f"{self._name}-aside", cgroup.mounts())
             cgroup.remove_tree(self._name, cgroup.mounts())
 
     def address(self, device: int) -> str:
