@@ -146,12 +146,6 @@ class DeviceGroup:
         name = "memory.peak" if self._is_v2 else "memory.max_usage_in_bytes"
         return int((self._memory / name).read_text())
 
-    def reset_peak(self) -> None:
-        """Forgets the peak so far, where the kernel can."""
-        name = "memory.peak" if self._is_v2 else "memory.max_usage_in_bytes"
-        with contextlib.suppress(OSError):
-            (self._memory / name).write_text("0")
-
     def out_of_memory(self) -> bool:
         """Returns whether the kernel has killed a member for its memory."""
         name = "memory.events" if self._is_v2 else "memory.oom_control"
