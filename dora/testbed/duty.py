@@ -19,7 +19,6 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 
 # Two wake-ups a period cost this process 1 to 2 % of a core per process that computes; a step takes
 # much longer than a period.
@@ -51,12 +50,7 @@ class Duty:
         """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Lets all processes go on."""
         self.close()
 
