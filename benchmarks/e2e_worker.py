@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -198,7 +199,9 @@ class Worker:
     def memory(self, kind: str, task_name: str, transport: str, plan: str) -> int:
         """Returns by how many bytes a contender's two steps raise this process's peak."""
         task, batch = TASKS[task_name], TASKS[task_name].batch(0)
-        # Freed memory goes back at once, or the peak would depend on what ran before.
+        # Freed memory goes back at once, or the peak would depend on what ran before. A thread of
+        # its own has its own heap: this one is full of holes of all that has been imported, which
+        # tensors would be scattered over.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 << 10)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -210,10 +213,11 @@ class Worker:
         )
         before = _resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        for _ in range(2):
-            dist.barrier()
-            contender.run(*batch)
-        peak = _resident("VmHWM")
+        with ThreadPoolExecutor(1) as thread:
+            for _ in range(2):
+                dist.barrier()
+                thread.submit(contender.run, *batch).result()
+            peak = _resident("VmHWM")
         contender.close()
         return state_bytes + peak - before
 
