@@ -23,6 +23,11 @@ class RateEstimator {
  public:
   static constexpr double kWindowS = 2.0;
 
+  // A burst starts at the largest sample of this long: while several devices sent at a time, the
+  // samples were shares of the medium, and a sender that paces by its share leaves the rest to the
+  // others for good.
+  static constexpr double kPeakWindowS = 30.0;
+
   // Longer samples suffer less from late, bunched acknowledgements, but those over 40 ms do not fit
   // into the probe that has to show a rise.
   static constexpr double kSampleS = 0.040;
@@ -53,7 +58,8 @@ class RateEstimator {
   // so that no queue builds up in it, with a short probe above it every second so that a rise is
   // noticed, followed by a drain as long; a probe that finds more goes on from there at once. No
   // limit while unknown, in the first 100 ms of samples, or above 250 MB/s, where a queue of one
-  // chunk costs less than pacing.
+  // chunk costs less than pacing. The first half second after nothing was outstanding goes at the
+  // rate of better times, until a queue shows that these are over.
   double paceBytesPerS(double now_s) const;
 
  private:
@@ -72,20 +78,25 @@ class RateEstimator {
     double time_s;
     double rate;
   };
+  using Largest = std::deque<Sample>;  // falling rates, rising times
 
   void startCycle(double now_s);
   void measure(const Probe& probe, double now_s);
   void add(Sample sample);
+  bool isFreshBurst(double now_s) const;
   double probeS() const;  // how long to probe
   double cycleS() const;  // from probe to probe
 
   std::deque<Probe> probes_;
   std::deque<Mark> marks_;   // the first one is where the next sample starts
-  std::deque<Sample> best_;  // falling rates, rising times
+  Largest best_;             // of the last kWindowS
+  Largest peak_;             // of the last kPeakWindowS
   std::uint64_t sent_bytes_ = 0;
   std::uint64_t acked_bytes_ = 0;
   std::uint64_t idle_until_ = 0;
   double first_sample_s_ = 0;
+  double burst_start_s_ = 0;  // the last time that nothing was outstanding
+  bool burst_has_queue_ = false;
   double cycle_start_s_ = 0;
   double cycle_rate_ = 0;  // the estimate at that time
   double trim_ = 1;

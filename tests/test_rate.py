@@ -156,6 +156,34 @@ def test_rate_of_bursts_with_pauses_stays_near(burst_s):
     assert link.estimator.rate_bytes_per_s == pytest.approx(100 * MBIT, rel=0.03)
 
 
+@pytest.mark.parametrize("burst_s", [0.1, 0.4])
+def test_pace_recovers_at_once_from_bursts_that_shared_the_link(burst_s):
+    link = Link(24 * MBIT)
+    link.run(1)
+    for _ in range(20):  # another sender takes two thirds meanwhile
+        link.rate_bytes_per_s = 8 * MBIT
+        link.send_burst(burst_s * link.rate_bytes_per_s)
+        link.now_s += 0.5
+    link.rate_bytes_per_s = 24 * MBIT
+    start_s = link.now_s
+    link.send_burst(0.3 * link.rate_bytes_per_s)
+    assert link.now_s - start_s <= 1.1 * 0.3
+
+
+def test_pace_of_a_burst_gives_way_to_a_queue():
+    link = Link(24 * MBIT)
+    link.run(1)
+    link.rate_bytes_per_s = 8 * MBIT
+    link.run(3)
+    link.estimator.on_idle()
+    link.now_s += 1
+    link.send()
+    assert link.estimator.pace_bytes_per_s(link.now_s) > 16 * MBIT
+    link.now_s += 0.1
+    link.estimator.on_queueing(0.05, link.now_s)
+    assert link.estimator.pace_bytes_per_s(link.now_s) < 12 * MBIT
+
+
 def test_estimator_without_samples_knows_nothing():
     estimator = RateEstimator()
     assert estimator.rate_bytes_per_s is None
