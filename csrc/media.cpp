@@ -45,16 +45,21 @@ bool Media::isShared(std::uint32_t peer) const {
 bool Media::mayUse(std::uint32_t peer, Priority priority, double now_s) {
   auto numbers = of_peer_.find(peer);
   if (numbers == of_peer_.end()) return true;
+  bool may_use = true;
   for (std::uint32_t number : numbers->second) {
     auto found = media_.find(number);
     if (found == media_.end()) continue;  // nobody lends it
     Medium& medium = found->second;
+    if (!may_use) {  // who waits for a medium holds none behind it
+      leave(medium, peer, now_s);
+      continue;
+    }
     medium.users[peer] = priority;
     if (medium.is_free) continue;
     tell(medium, now_s);
-    if (!medium.is_held) return false;
+    may_use = medium.is_held;
   }
-  return true;
+  return may_use;
 }
 
 void Media::done(std::uint32_t peer, double now_s) {
@@ -62,9 +67,14 @@ void Media::done(std::uint32_t peer, double now_s) {
   if (numbers == of_peer_.end()) return;
   for (std::uint32_t number : numbers->second) {
     auto found = media_.find(number);
-    if (found == media_.end() || found->second.users.erase(peer) == 0) continue;
-    if (found->second.users.empty()) giveBack(found->second, now_s);
+    if (found != media_.end()) leave(found->second, peer, now_s);
   }
+}
+
+void Media::leave(Medium& medium, std::uint32_t peer, double now_s) {
+  if (medium.users.erase(peer) == 0) return;
+  if (medium.users.empty()) return giveBack(medium, now_s);
+  if (!medium.is_free) tell(medium, now_s);
 }
 
 // Tells the arbiter the most urgent wish, if that has changed.
@@ -142,6 +152,7 @@ void Media::obey(Medium& medium, Arbiter::Kind kind, std::uint64_t wish, double 
   }
   giveBack(medium, now_s);
   if (!medium.users.empty()) tell(medium, now_s);
+  has_freed_ = true;  // the media behind it, which its users may hold
 }
 
 // What this rank as the arbiter has decided.

@@ -65,6 +65,7 @@ class Media {
 
   void tell(Medium& medium, double now_s);
   void giveBack(Medium& medium, double now_s);
+  void leave(Medium& medium, std::uint32_t peer, double now_s);  // no bulk to `peer` waits for it
   void obey(Medium& medium, Arbiter::Kind kind, std::uint64_t wish, double now_s);
   void carryOut(Medium& medium, const std::vector<Arbiter::Order>& orders, double now_s);
   void send(const Medium& medium, FrameType type, std::uint32_t rank, std::uint64_t wish,

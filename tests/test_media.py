@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import numpy as np
 import pytest
+from engines import HOST, KEY, finish, receive, send
 from models import make
 from plans import make_plan
 from ranks import run_ranks
 
-from dora import DoraParallel, partition
+from dora import DoraParallel, _C, partition
 from dora.runtime.batch import as_call
 from dora.runtime.media import shared_media
 from dora.spec import Link
@@ -64,3 +68,27 @@ def test_training_on_a_shared_medium_asks_its_arbiter():
     assert lanes == other_lanes == {"compute", "network", "wait"}
     assert {"want", "return"} <= kinds  # rank 0 lends the channel, rank 1 asks for it
     assert "allow" in other_kinds
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("seed", range(3))
+def test_senders_that_need_several_media_do_not_block_one_another(seed):
+    random, size, length = Random(seed), 4, 50_000
+    pairs = [(i, j) for i in range(size) for j in range(size) if i != j]
+    paths = {pair: random.sample(range(3), random.randint(1, 3)) for pair in pairs}
+    engines = [_C.Engine(rank, KEY, host=HOST) for rank in range(size)]
+    try:
+        for rank, engine in enumerate(engines):
+            peers = {r: (HOST, e.port) for r, e in enumerate(engines) if r != rank}
+            media = {r: paths[rank, r] for r in peers}
+            engine.connect(peers, media=media, arbiters={m: m for m in range(3)})
+        assert all(engine.wait_connected(10) == [] for engine in engines)
+        rooms = {(pair, n): np.zeros(length, np.uint8) for pair in pairs for n in range(40)}
+        done = [receive(engines[j], room, i, tag=n) for ((i, j), n), room in rooms.items()]
+        data = np.ones(length, np.uint8)
+        done += [send(engines[i], data, j, tag=n, deadline=random.random()) for (i, j), n in rooms]
+        assert set(finish(*done)) == {"done"}
+        assert all(room.all() for room in rooms.values())
+    finally:
+        for engine in engines:
+            engine.close(0)
