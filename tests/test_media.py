@@ -11,7 +11,7 @@ from models import make
 from plans import make_plan
 from ranks import run_ranks
 
-from dora import DoraParallel, _C, partition
+from dora import _C, DoraParallel, partition
 from dora.runtime.batch import as_call
 from dora.runtime.media import shared_media
 from dora.spec import Link
