@@ -353,4 +353,5 @@ PYBIND11_MODULE(_C, m) {
   dora::bindBuckets(m);
   dora::bindSimulation(m);
   dora::bindChains(m);
+  dora::bindQuantize(m);
 }

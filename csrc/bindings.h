@@ -26,4 +26,7 @@ void bindBuckets(pybind11::module_& m);
 void bindSimulation(pybind11::module_& m);
 void bindChains(pybind11::module_& m);
 
+// The compression kernels.
+void bindQuantize(pybind11::module_& m);
+
 }  // namespace dora

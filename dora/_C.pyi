@@ -518,3 +518,69 @@ def enumerate_chains(
         (seconds, joules, groups, ends of their blocks) of each, and the least bound of what was cut
         off for `width` or `per_state`, infinite if nothing was.
     """
+
+def instruction_sets() -> list[str]:
+    """What the compression kernels can use here, best first."""
+
+def quantize_pack(
+    *,
+    values: int,
+    dtype: str,
+    count: int,
+    wire: int,
+    codes: str,
+    group: int,
+    is_stochastic: bool,
+    seed: int,
+    first_index: int,
+    error: int,
+    factors: int,
+    num_channels: int,
+    instruction_set: str,
+) -> bool:
+    """Encodes `count` values into the bytes at `wire`; see csrc/quantize.h.
+
+    Addresses of 0 stand for nothing. Returns False if a value is infinite or not a number.
+    """
+
+def unpack_dequantize(
+    *,
+    wire: int,
+    count: int,
+    out: int,
+    dtype: str,
+    codes: str,
+    group: int,
+    first_index: int,
+    add: int,
+    add_dtype: str,
+    factors: int,
+    num_channels: int,
+    instruction_set: str,
+) -> None:
+    """Decodes `count` values."""
+
+def reduce_wires(
+    *,
+    wires: Sequence[int],
+    weights: Sequence[float],
+    count: int,
+    wire: int,
+    codes: str,
+    group: int,
+    is_stochastic: bool,
+    seed: int,
+    instruction_set: str,
+) -> bool:
+    """Encodes the weighted sum of what `wires` hold; returns as `quantize_pack`."""
+
+def channel_factors(
+    *,
+    values: int,
+    dtype: str,
+    num_rows: int,
+    num_channels: int,
+    factors: int,
+    instruction_set: str,
+) -> None:
+    """Writes the largest magnitude of each column as bfloat16; 1 for columns of zeros."""

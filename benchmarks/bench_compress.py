@@ -1,0 +1,30 @@
+"""Speed of the compression kernels against copies, torch eager and `torch.compile`.
+
+A rate counts the float32 bytes that go in or come out, so that it says how long a tensor takes
+whatever its codec. `compress_cpu.py` says how it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from common import finish, write_csv
+from compress_cpu import measure
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="10 repetitions instead of 60, int8 and int4"
+    )
+    parser.add_argument("--out", metavar="FILE.csv", help="write one row per measured quantity")
+    options = parser.parse_args()
+    rows, metrics = measure(is_quick=options.quick)
+    if options.out:
+        write_csv(options.out, rows)
+    return finish(metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
