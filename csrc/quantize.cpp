@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "quantize_floats.h"
+#include "floats.h"
 #include "quantize_tiles.h"
 
 #if defined(__x86_64__)

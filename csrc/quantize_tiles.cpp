@@ -6,7 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "quantize_floats.h"
+#include "floats.h"
 
 #define DORA_INLINE [[gnu::always_inline]] inline
 
