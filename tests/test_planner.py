@@ -19,6 +19,7 @@ from dora.planner.limits import rate_at
 from dora.planner.predict import Group, Layout, as_step, evaluate, memory_share, setting
 from dora.planner.search import microbatch_choices
 from dora.scheduler import build_schedule
+from dora.scheduler.network import CLEAR_GAIN
 from dora.simulator import simulate
 from dora.spec import (
     BlockCost,
@@ -444,9 +445,9 @@ def test_plans_are_a_front_within_memory(problem):
         timeline = simulated(*problem, found)
         assert timeline.makespan_s == pytest.approx(found.cost.makespan_s)
         assert timeline.energy_j == pytest.approx(found.cost.energy_j)
-        # Priced by tails, which the plan's own order of transfers is never worse than.
+        # Priced by tails, which the plan's own order of transfers is hardly worse than.
         again = predict(profile, cluster, workload, found).cost
-        assert again.makespan_s >= found.cost.makespan_s * (1 - 1e-9)
+        assert again.makespan_s >= found.cost.makespan_s * (1 - CLEAR_GAIN) * (1 - 1e-9)
         assert [m.peak_bytes for m in again.memory] == [m.peak_bytes for m in found.cost.memory]
         assert [m.peak_bytes for m in timeline.memory] == pytest.approx(
             [

@@ -26,6 +26,9 @@ from dora.spec import Cluster, Plan, Schedule, Transfer
 # cost nothing, short enough that an urgent message waits for no more than that.
 CHUNK_S = 2e-3
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 16 * 1024, 1024 * 1024
+# An order that fits exact times fits real ones less: in five cells of bench_e2e.py orders that were
+# predicted 0 to 1 % better than by consumer took 5 to 14 % longer, in twelve direct turns 2 %.
+CLEAR_GAIN = 0.02
 
 
 def schedule_network(
@@ -66,7 +69,7 @@ def schedule_network(
 
 
 def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[float]:
-    """Returns the priority of every transfer, never worse than tails or first come first served.
+    """Returns the priority of every transfer: by consumer, or what beats that clearly.
 
     Rounds of reductions and inputs are in no plan: they keep `Program.priorities`.
 
@@ -76,8 +79,8 @@ def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[flo
         seed: Of the order in which swaps are tried.
     """
     program = compiled.program
-    # In order of preference where they are equally good.
-    orders = [program.priorities(), _by_consumer(compiled), first_come(compiled)]
+    plain = _by_consumer(compiled)
+    orders = [plain, program.priorities(), first_come(compiled)]
     values = [_play(program, order).end_s for order in orders]
     value = min(values)
     best = list(orders[values.index(value)])
@@ -95,6 +98,8 @@ def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[flo
                 break
         else:
             break
+    if value > values[0] * (1 - CLEAR_GAIN):
+        best = plain
     program.prioritise(best)
     return best
 
