@@ -15,6 +15,7 @@ from dora.spec import (
     BlockProfile,
     BoundaryCodec,
     Cluster,
+    CodecRate,
     Cost,
     Decision,
     Device,
@@ -133,6 +134,16 @@ def block_profiles(draw):
     )
 
 
+codec_rates = st.builds(
+    CodecRate,
+    device=names,
+    codec=names,
+    encode_s_per_byte=non_negative,
+    decode_s_per_byte=non_negative,
+    call_s=non_negative,
+)
+
+
 @st.composite
 def model_profiles(draw):
     blocks = draw(tuples(block_profiles(), min_size=1))
@@ -141,7 +152,11 @@ def model_profiles(draw):
         TiedParameter, name=names, blocks=st.tuples(index, index), param_bytes=num_bytes
     )
     return ModelProfile(
-        name=draw(names), blocks=blocks, tied=draw(tuples(tied)), input_bytes=draw(num_bytes)
+        name=draw(names),
+        blocks=blocks,
+        tied=draw(tuples(tied)),
+        input_bytes=draw(num_bytes),
+        codec_rates=draw(tuples(codec_rates)),
     )
 
 
@@ -173,7 +188,7 @@ qoes = st.builds(
     max_accuracy_loss=non_negative,
     objective=st.sampled_from(["time", "energy"]),
 )
-codec_names = st.sampled_from(["none", "int8", "int4", "fp8"])
+codec_names = st.sampled_from(["none", "int8", "int4", "int4-smooth", "fp8"])
 costs = st.builds(
     Cost,
     makespan_s=non_negative,
@@ -202,6 +217,10 @@ def plans(draw):
         stages=tuple(stages),
         num_microbatches=draw(st.integers(1, 6)),
         codecs=tuple(draw(codec) for _ in sizes[1:]) if draw(st.booleans()) else (),
+        gradient_codecs=tuple(draw(st.sampled_from(["none", "int8", "int4"])) for _ in sizes)
+        if draw(st.booleans())
+        else (),
+        max_accuracy_loss=draw(maybe(non_negative)),
         schedule_kind=draw(st.sampled_from(["gpipe", "1f1b", "wavefront"])),
         cost=draw(maybe(costs)),
     )
@@ -307,6 +326,7 @@ STRATEGIES = {
     TiedParameter: st.builds(
         TiedParameter, name=names, blocks=st.tuples(small, small), param_bytes=num_bytes
     ),
+    CodecRate: codec_rates,
     ModelProfile: model_profiles(),
     Workload: workloads(),
     QoE: qoes,

@@ -5,15 +5,25 @@ All types are frozen pydantic models (or named tuples) in SI units: `_s` seconds
 This package imports neither torch nor anything of dora; `dora/files.py` reads and writes files.
 
 cluster.py   PowerMode, Device, Medium, Link, Cluster
-profile.py   Timing, BlockCost, BlockProfile, TiedParameter, ModelProfile, Workload, QoE
+profile.py   Timing, BlockCost, BlockProfile, TiedParameter, CodecRate, ModelProfile, Workload, QoE
 plan.py      Replica, Stage, BoundaryCodec, DeviceMemory, Cost, Plan, routes_from_shares, warmup_for
 schedule.py  Action, Transfer, Schedule
-timeline.py  Span, Energy, Timeline, Decision
+timeline.py  Span, Energy, Timeline
+decision.py  Conditions, Forecast, Move, Migration, SwitchCost, Decision
 run.py       Usage, Traffic, Activity, Run
 """
 
 from dora.spec.base import SCHEMA_VERSION, Spec
 from dora.spec.cluster import Cluster, Device, Link, Medium, PowerMode
+from dora.spec.decision import (
+    Conditions,
+    Decision,
+    Forecast,
+    Migration,
+    Move,
+    Predict,
+    SwitchCost,
+)
 from dora.spec.plan import (
     BoundaryCodec,
     Cost,
@@ -27,6 +37,7 @@ from dora.spec.plan import (
 from dora.spec.profile import (
     BlockCost,
     BlockProfile,
+    CodecRate,
     ModelProfile,
     QoE,
     TiedParameter,
@@ -35,7 +46,7 @@ from dora.spec.profile import (
 )
 from dora.spec.run import Activity, Run, Traffic, Usage
 from dora.spec.schedule import ACTION_KINDS, Action, Schedule, Transfer
-from dora.spec.timeline import Decision, Energy, Span, Timeline
+from dora.spec.timeline import Energy, Span, Timeline
 
 __all__ = [
     "ACTION_KINDS",
@@ -45,16 +56,22 @@ __all__ = [
     "BlockProfile",
     "BoundaryCodec",
     "Cluster",
+    "CodecRate",
+    "Conditions",
     "Cost",
     "Decision",
     "Device",
     "DeviceMemory",
     "Energy",
+    "Forecast",
     "Link",
     "Medium",
+    "Migration",
     "ModelProfile",
+    "Move",
     "Plan",
     "PowerMode",
+    "Predict",
     "QoE",
     "Replica",
     "Run",
@@ -63,6 +80,7 @@ __all__ = [
     "Span",
     "Spec",
     "Stage",
+    "SwitchCost",
     "TiedParameter",
     "Timeline",
     "Timing",

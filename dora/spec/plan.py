@@ -48,7 +48,12 @@ class Stage(Spec):
         return self
 
 
-CodecName = Literal["none", "int8", "int4", "fp8"]
+# 'int4-smooth' is int4 behind a factor per channel, for activations with outlier channels.
+CodecName = Literal["none", "int8", "int4", "int4-smooth", "fp8"]
+
+
+# A sum of gradients has no channels.
+GradientCodecName = Literal["none", "int8", "int4", "fp8"]
 
 
 class BoundaryCodec(Spec):
@@ -131,6 +136,10 @@ class Plan(Spec):
         stages: Contiguous blocks from the first to the last block of the model.
         routes: Per micro-batch, the replica index at each stage; () follows the shares.
         codecs: One per stage boundary; () sends every boundary as it is.
+        gradient_codecs: One per stage, for the sums of its replicas' gradients; () sums them as
+            they are.
+        max_accuracy_loss: What the codecs may cost, from the QoE: each is measured on the user's
+            own batches before it stays on (`dora.runtime.guard`). None trusts the plan.
         warmup: Per stage, W: forward m runs before backward j if m < j + W. Never ascending,
             which excludes deadlock; () takes `warmup_for` the shares.
         cost: The planner's prediction, if it made this plan.
@@ -145,6 +154,8 @@ class Plan(Spec):
     num_microbatches: Count = 1
     routes: tuple[tuple[Index, ...], ...] = ()
     codecs: tuple[BoundaryCodec, ...] = ()
+    gradient_codecs: tuple[GradientCodecName, ...] = ()
+    max_accuracy_loss: NonNegative | None = None
     schedule_kind: ScheduleKind = "1f1b"
     warmup: tuple[Count, ...] = ()
     cost: Cost | None = None
@@ -196,6 +207,9 @@ class Plan(Spec):
             for stage, replica in zip(self.stages, route, strict=True):
                 check(replica < len(stage.replicas), f"stage {stage.index}: no such replica")
         check(len(self.codecs) in (0, num_stages - 1), f"codecs: allowed {num_stages - 1}")
+        check(
+            len(self.gradient_codecs) in (0, num_stages), f"gradient_codecs: allowed {num_stages}"
+        )
         check(
             len(self.warmup) == num_stages and all(a >= b for a, b in pairwise(self.warmup)),
             f"warmup: given {self.warmup}, allowed {num_stages} counts that never ascend",

@@ -66,12 +66,28 @@ class TiedParameter(Spec):
     param_bytes: Bytes
 
 
+class CodecRate(Spec):
+    """Seconds that the named device takes to encode and decode a tensor with one codec.
+
+    Attributes:
+        encode_s_per_byte, decode_s_per_byte: Per byte of the tensor, not of its codes.
+        call_s: Of every tensor, however small.
+    """
+
+    device: Name
+    codec: Name
+    encode_s_per_byte: NonNegative
+    decode_s_per_byte: NonNegative
+    call_s: NonNegative = 0.0
+
+
 class ModelProfile(Spec):
     """The chain of blocks that a plan splits, and what each block costs.
 
     Attributes:
         input_bytes: Bytes of one input sample.
         dtype: Of the parameters, such as 'float32'.
+        codec_rates: Measured, one per device and codec; others follow the memory bandwidth.
     """
 
     name: str = "model"
@@ -79,6 +95,7 @@ class ModelProfile(Spec):
     tied: tuple[TiedParameter, ...] = ()
     input_bytes: Bytes = 0
     dtype: str = "float32"
+    codec_rates: tuple[CodecRate, ...] = ()
 
     @model_validator(mode="after")
     def _tied_blocks_exist(self) -> ModelProfile:

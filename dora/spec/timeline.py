@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from dora.spec.base import Count, Fraction, Index, Name, NonNegative, Provenance, Spec
-from dora.spec.plan import DeviceMemory, Plan
+from dora.spec.base import Count, Index, Name, NonNegative, Provenance, Spec
+from dora.spec.plan import DeviceMemory
 
 
 class Span(Spec):
@@ -82,17 +82,3 @@ class Timeline(Spec):
     def energy_j(self) -> float:
         """Joules of all devices, whatever their provenance."""
         return sum(energy.joules for energy in self.energy)
-
-
-class Decision(Spec):
-    """What the adapter wants done next, and why.
-
-    Attributes:
-        plans: The plan to run, or the plans to mix; empty for keep and reschedule.
-        weights: Share of steps or requests of each plan in a mix.
-    """
-
-    kind: Literal["keep", "reschedule", "switch", "mix", "replan"]
-    reason: str
-    plans: tuple[Plan, ...] = ()
-    weights: tuple[Fraction, ...] = ()
