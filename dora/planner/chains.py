@@ -112,7 +112,7 @@ class Chains:
             "forward_s": costs.forward_s[:, 0, :] / fastest,
             "backward_s": costs.backward_s[:, 0, :] / fastest,
             "state_bytes": known.costs.state_bytes,
-            "gradient_bytes": costs.gradient_bytes,
+            "gradient_bytes": costs.gradient_bytes * self.ratio,
             "activation_bytes": known.costs.activation_bytes,
             "buffer_bytes": known.costs.buffer_bytes,
             "boundary_bytes": np.append(

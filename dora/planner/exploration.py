@@ -11,11 +11,12 @@ from math import inf, isfinite, log2
 import numpy as np
 
 from dora.planner.chains import Chain, Chains, shared_media, shares, twins
-from dora.planner.codecs import CODECS
+from dora.planner.codecs import CODECS, boundary_codecs, gradient_codecs, smallest
 from dora.planner.improve import Move, all_modes, changes, descend, regrouped
 from dora.planner.layouts import layouts
 from dora.planner.limits import Limit, broken
 from dora.planner.predict import (
+    NO_CODEC,
     Group,
     Layout,
     Setting,
@@ -26,7 +27,7 @@ from dora.planner.predict import (
     peak_bytes,
 )
 from dora.planner.select import Candidate
-from dora.spec import BoundaryCodec, Cluster
+from dora.spec import Cluster
 
 OBJECTIVES = ("time", "energy")
 # Devices of which all chains are enumerated: a few ten thousand.
@@ -261,12 +262,22 @@ class Exploration:
     def _variants(self, chain: Chain) -> list[Layout]:
         known = chain.known
         made = layouts(chain.groups, chain.counts, known)
-        names = [name for name, codec in CODECS.items() if 0 < codec.error <= self.max_loss]
-        if not names or len(chain.groups) < 2:
-            return made
-        name = min(names, key=lambda name: CODECS[name].bits)
-        codec = BoundaryCodec(forward=name, backward=name if known.training else "none")
-        return made + [one._replace(codecs=(codec,) * (len(chain.groups) - 1)) for one in made]
+        coded = [self._coded(one, known) for one in made]
+        return made + [one for one in coded if one not in made]
+
+    def _coded(self, layout: Layout, known: Setting) -> Layout:
+        """Returns a layout with the smallest codecs everywhere, as far as they are allowed."""
+        if self.max_loss <= 0:
+            return layout
+        allowed = boundary_codecs(self.max_loss, training=known.training)
+        codec = min(allowed, key=lambda one: CODECS[one.forward].bits)
+        if codec != NO_CODEC and len(layout.groups) > 1:
+            layout = layout._replace(codecs=(codec,) * (len(layout.groups) - 1))
+        name = smallest(gradient_codecs(self.max_loss), self.max_loss)
+        if name == "none" or not known.training:
+            return layout
+        names = tuple(name if len(g.devices) > 1 else "none" for g in layout.groups)
+        return layout._replace(gradient_codecs=names) if name in names else layout
 
     def improve(self, objective: str, stop_s: float) -> None:
         """Descends from the best layouts of different stages, one after the other."""

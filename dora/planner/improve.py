@@ -14,10 +14,9 @@ from random import Random
 from typing import TypeVar, Union
 
 from dora.planner.chains import shares
-from dora.planner.codecs import CODECS
+from dora.planner.codecs import boundary_codecs, gradient_codecs
 from dora.planner.layouts import layouts
 from dora.planner.predict import NO_CODEC, Group, Layout, Setting
-from dora.spec import BoundaryCodec
 
 # Blocks by which a cut moves.
 _STEPS = (-4, -2, -1, 1, 2, 4)
@@ -43,7 +42,7 @@ def changes(layout: Layout, known: Setting, twin_of: dict[int, int], max_loss: f
         max_loss: Codecs with a larger error are not tried.
     """
     whole = [*_windows(layout, known), *_shifted_shares(layout), *modes(layout, known)]
-    whole += _codecs(layout, max_loss)
+    whole += [*_codecs(layout, known, max_loss), *_gradient_codecs(layout, known, max_loss)]
     stages = dict.fromkeys([*_cuts(layout.groups), *_devices(layout.groups, known, twin_of)])
     return [*dict.fromkeys(whole), *stages]
 
@@ -61,8 +60,10 @@ def regrouped(layout: Layout, groups: Groups, known: Setting) -> Layout | None:
     made = layouts(groups, counts, known)
     wanted = layout.warmup[0] - len(layout.groups) + len(groups)
     nearest = min(made, key=lambda one: abs(one.warmup[0] - wanted))
-    codecs = layout.codecs if len(groups) == len(layout.groups) else ()
-    return nearest._replace(modes=kept, codecs=codecs)
+    if len(groups) != len(layout.groups):
+        return nearest._replace(modes=kept)
+    codecs, sums = layout.codecs, layout.gradient_codecs
+    return nearest._replace(modes=kept, codecs=codecs, gradient_codecs=sums)
 
 
 def _can_share(group: Group, known: Setting) -> bool:
@@ -131,17 +132,26 @@ def modes(layout: Layout, known: Setting) -> Iterator[Layout]:
             )
 
 
-def _codecs(layout: Layout, max_loss: float) -> Iterator[Layout]:
+def _codecs(layout: Layout, known: Setting, max_loss: float) -> Iterator[Layout]:
     num_boundaries = len(layout.groups) - 1
-    allowed = [name for name, codec in CODECS.items() if codec.error <= max_loss]
+    allowed = boundary_codecs(max_loss, training=known.training)
     if len(allowed) < 2:
         return
     current = layout.codecs or (NO_CODEC,) * num_boundaries
-    for name in allowed:
-        same = BoundaryCodec(forward=name, backward=name if layout.kind != "wavefront" else "none")
-        yield layout._replace(codecs=(same,) * num_boundaries if name != "none" else ())
+    for codec in allowed:
+        yield layout._replace(codecs=(codec,) * num_boundaries if codec != NO_CODEC else ())
         for s in range(num_boundaries):
-            yield layout._replace(codecs=_with(current, s, same))
+            yield layout._replace(codecs=_with(current, s, codec))
+
+
+def _gradient_codecs(layout: Layout, known: Setting, max_loss: float) -> Iterator[Layout]:
+    allowed = gradient_codecs(max_loss) if known.training else []
+    current = layout.gradient_codecs or ("none",) * len(layout.groups)
+    for s, group in enumerate(layout.groups):
+        for name in allowed:
+            if len(group.devices) > 1 and name != current[s]:
+                names = _with(current, s, name)
+                yield layout._replace(gradient_codecs=names if set(names) != {"none"} else ())
 
 
 def _cuts(groups: Groups) -> Iterator[Groups]:

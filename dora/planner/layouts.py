@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dora.planner.codecs import codec_s, wire_ratio
+from dora.planner.codecs import wire_ratio
 from dora.planner.predict import (
     NO_CODEC,
     Group,
     Layout,
     Prediction,
     Setting,
+    coding_s,
     evaluate,
     is_linked,
     reductions,
@@ -101,7 +102,7 @@ def layout_of(plan: Plan, known: Setting) -> Layout:
     )
     # Without training the runtime runs forwards only, whatever the plan's kind is.
     kind = plan.schedule_kind if known.training else "wavefront"
-    return Layout(groups, counts, plan.warmup, kind, modes, plan.codecs)
+    return Layout(groups, counts, plan.warmup, kind, modes, plan.codecs, plan.gradient_codecs)
 
 
 def cost(layout: Layout, prediction: Prediction, known: Setting) -> Cost:
@@ -142,6 +143,7 @@ def to_plan(layout: Layout, prediction: Prediction, known: Setting, names: Seque
         num_microbatches=layout.num_microbatches,
         routes=layout.routes,
         codecs=layout.codecs,
+        gradient_codecs=layout.gradient_codecs,
         warmup=layout.warmup,
         schedule_kind=layout.kind,
         cost=cost(layout, prediction, known),
@@ -170,14 +172,13 @@ def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
     fixed, kept, factors = ([value] * len(plan.devices) for value in (0.0, 0.0, 1.0))
     for stage, group in zip(plan.stages, layout.groups, strict=True):
         span = group.first, group.end
-        for replica, d in zip(stage.replicas, group.devices, strict=True):
+        for r, (replica, d) in enumerate(zip(stage.replicas, group.devices, strict=True)):
             rank, mode = ranks[d], known.devices[d].power_mode(replica.power_mode)
             times = known.costs.forward_s, known.costs.backward_s
-            for kind, table in zip(("F", "B"), times, strict=True):
-                coding_s = _coding_s(layout, known, stage.index, d, kind)
-                compute_s[rank, kind] = (
-                    float(table[d, group.first, group.end]) / mode.speed_factor + coding_s
-                )
+            added_s = coding_s(layout, known, known.costs, stage.index, r)
+            for kind, table, more_s in zip(("F", "B"), times, added_s, strict=True):
+                alone_s = float(table[d, group.first, group.end]) / mode.speed_factor
+                compute_s[rank, kind] = alone_s + more_s
             factors[rank] = mode.power_factor
             fixed[rank] = float(known.costs.state_bytes[span] + known.costs.buffer_bytes[span])
             kept[rank] = float(known.costs.activation_bytes[span])
@@ -186,7 +187,9 @@ def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
         send_bytes=_send_bytes(layout, known),
         reductions=tuple(
             (tuple(ranks[d] for d in devices), num_bytes)
-            for devices, num_bytes in (reductions(layout, known.costs) if known.training else ())
+            for devices, num_bytes in (
+                reductions(layout, known.costs, known.dtype) if known.training else ()
+            )
         ),
         fixed_bytes=tuple(fixed),
         kept_bytes=tuple(kept),
@@ -194,18 +197,6 @@ def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
         source=None if known.source is None else ranks[known.source],
         input_bytes=float(known.costs.boundary_bytes[0]),
     )
-
-
-def _coding_s(layout: Layout, known: Setting, stage: int, device: int, kind: str) -> float:
-    """Returns what encoding and decoding at both boundaries of a stage add to F or B."""
-    total_s = 0.0
-    for boundary in (stage - 1, stage):
-        if 0 <= boundary < len(layout.codecs) and layout.codecs[boundary] != NO_CODEC:
-            codec = layout.codecs[boundary]
-            name = codec.forward if kind == "F" else codec.backward
-            size = float(known.costs.boundary_bytes[layout.groups[boundary + 1].first])
-            total_s += codec_s(known.devices[device], name, size, known.dtype)
-    return total_s
 
 
 def _send_bytes(layout: Layout, known: Setting) -> dict[tuple[int, str], float]:

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from dora.errors import SpecError
-from dora.planner.codecs import error
+from dora.planner.codecs import loss
 from dora.planner.predict import Layout, Prediction, Setting
 from dora.spec import Cluster, Medium, QoE, Workload
 
@@ -103,7 +103,7 @@ def measure(field: str, layout: Layout, prediction: Prediction, known: Setting) 
         "energy_j": prediction.total_j,
         "power_w": prediction.total_j / makespan_s if makespan_s else 0.0,
         "battery_j": sum(batteries),
-        "max_accuracy_loss": max(map(error, layout.codecs), default=0.0),
+        "max_accuracy_loss": loss(layout.codecs, layout.gradient_codecs),
         "ttft_s": prediction.ttft_s,
         "tpot_s": prediction.tpot_s,
     }

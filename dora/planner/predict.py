@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dora import _C
-from dora.planner.codecs import codec_s, wire_ratio
+from dora.planner.codecs import Rates, Way, codec_s, wire_ratio
 from dora.planner.cost import (
     Array,
     Links,
@@ -53,6 +53,7 @@ class Layout(NamedTuple):
         counts: Per stage, the micro-batches of each replica.
         modes: (device, name of its power mode) where that is not the default.
         codecs: Per boundary; () sends all of them as they are.
+        gradient_codecs: Per stage, of the sums of its replicas; () sums them as they are.
     """
 
     groups: tuple[Group, ...]
@@ -61,6 +62,7 @@ class Layout(NamedTuple):
     kind: str
     modes: tuple[tuple[int, str], ...] = ()
     codecs: tuple[BoundaryCodec, ...] = ()
+    gradient_codecs: tuple[str, ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -117,6 +119,7 @@ class Setting(NamedTuple):
         source: Device that has the inputs, None for wherever the first stage is.
         decode: For 'generate', what one pass over one token per sequence costs.
         new_tokens: For 'generate'.
+        rates: Of codecs, as measured.
     """
 
     devices: tuple[Device, ...]
@@ -129,6 +132,7 @@ class Setting(NamedTuple):
     source: int | None = None
     decode: StageCosts | None = None
     new_tokens: int = 0
+    rates: Rates | None = None
 
 
 def setting(
@@ -165,6 +169,7 @@ def setting(
         if is_generating
         else None,
         new_tokens=workload.new_tokens if is_generating else 0,
+        rates={(rate.device, rate.codec): rate for rate in profile.codec_rates},
     )
 
 
@@ -251,12 +256,15 @@ def as_step(layout: Layout, known: Setting, costs: StageCosts) -> _C.Step:
     backward = [_stage_s(costs.backward_s, g, speeds) for g in layout.groups]
     down = [float(costs.boundary_bytes[group.first]) for group in layout.groups[1:]]
     up = list(down)
+    if layout.codecs or layout.gradient_codecs:
+        for s, group in enumerate(layout.groups):
+            for r in range(len(group.devices)):
+                forward_s, backward_s = coding_s(layout, known, costs, s, r)
+                forward[s][r] += forward_s
+                backward[s][r] += backward_s
     for s, codec in enumerate(layout.codecs):
-        if codec != NO_CODEC:
-            _encode(layout, known, s, down[s], forward, codec.forward)
-            _encode(layout, known, s, down[s], backward, codec.backward)
-            up[s] *= wire_ratio(codec.backward, known.dtype)
-            down[s] *= wire_ratio(codec.forward, known.dtype)
+        up[s] *= wire_ratio(codec.backward, known.dtype)
+        down[s] *= wire_ratio(codec.forward, known.dtype)
     return _C.Step(
         devices=[group.devices for group in layout.groups],
         forward_s=forward,
@@ -266,7 +274,7 @@ def as_step(layout: Layout, known: Setting, costs: StageCosts) -> _C.Step:
         routes=layout.routes,
         warmup=layout.warmup,
         kind=layout.kind,
-        reductions=reductions(layout, costs) if known.training else (),
+        reductions=reductions(layout, costs, known.dtype) if known.training else (),
         source=-1 if known.source is None else known.source,
         input_bytes=float(costs.boundary_bytes[0]),
         prefetch=DEFAULT_PREFETCH,
@@ -277,34 +285,67 @@ def _stage_s(times: Array, group: Group, speeds: dict[int, float]) -> list[float
     return [float(times[d, group.first, group.end]) / speeds.get(d, 1.0) for d in group.devices]
 
 
-def _encode(
-    layout: Layout,
-    known: Setting,
-    boundary: int,
-    num_bytes: float,
-    times: list[list[float]],
-    name: str,
-) -> None:
-    """Adds encoding before, and decoding behind a boundary, to the stages on both sides of it."""
-    for s in (boundary, boundary + 1):
-        for r, d in enumerate(layout.groups[s].devices):
-            times[s][r] += codec_s(known.devices[d], name, num_bytes, known.dtype)
+def coding_s(
+    layout: Layout, known: Setting, costs: StageCosts, stage: int, replica: int
+) -> tuple[float, float]:
+    """Returns what codecs add to F and to B of one micro-batch on a replica.
+
+    At its boundaries a stage decodes activations and encodes gradients above, and the other way
+    round below. A sum of gradients is encoded once and decoded twice, as a part and as the whole;
+    that comes after the last B, and is spread over all of them.
+    """
+    device = known.devices[layout.groups[stage].devices[replica]]
+    forward_s = backward_s = 0.0
+    ends: list[tuple[int, Way, Way]] = [
+        (stage - 1, "decode", "encode"),
+        (stage, "encode", "decode"),
+    ]
+    for boundary, down, up in ends:
+        if 0 <= boundary < len(layout.codecs):
+            codec = layout.codecs[boundary]
+            size = float(costs.boundary_bytes[layout.groups[boundary + 1].first])
+            forward_s += codec_s(device, codec.forward, size, known.dtype, down, known.rates)
+            if known.training:
+                backward_s += codec_s(device, codec.backward, size, known.dtype, up, known.rates)
+    group = layout.groups[stage]
+    name = layout.gradient_codecs[stage] if layout.gradient_codecs else "none"
+    if name != "none" and known.training and len(group.devices) > 1:
+        size = float(costs.gradient_bytes[group.first, group.end])
+        encode_s = codec_s(device, name, size, known.dtype, "encode", known.rates)
+        decode_s = codec_s(device, name, size, known.dtype, "decode", known.rates)
+        backward_s += (encode_s + 2 * decode_s) / max(layout.counts[stage][replica], 1)
+    return forward_s, backward_s
 
 
-def reductions(layout: Layout, costs: StageCosts) -> tuple[tuple[tuple[int, ...], float], ...]:
+def reductions(
+    layout: Layout, costs: StageCosts, dtype: str = "float32"
+) -> tuple[tuple[tuple[int, ...], float], ...]:
     """Returns (devices, bytes) of each gradient all-reduce, in order.
 
     Copies of a tied parameter on several stages are summed once the stages have reduced their own.
+    They travel by the codec of their stages if all have the same one.
     """
+    names = layout.gradient_codecs or ("none",) * len(layout.groups)
     found = [
-        (group.devices, float(costs.gradient_bytes[group.first, group.end]))
-        for group in layout.groups
+        (
+            group.devices,
+            float(costs.gradient_bytes[group.first, group.end]) * wire_ratio(name, dtype),
+        )
+        for group, name in zip(layout.groups, names, strict=True)
         if len(group.devices) > 1
     ]
     for blocks, gradient in costs.tied_bytes:
-        holders = [g for g in layout.groups if any(g.first <= b < g.end for b in blocks)]
+        holders = [
+            (group, name)
+            for group, name in zip(layout.groups, names, strict=True)
+            if any(group.first <= b < group.end for b in blocks)
+        ]
         if len(holders) > 1:
-            found.append((tuple(d for group in holders for d in group.devices), gradient))
+            used = {name for _, name in holders}
+            ratio = wire_ratio(used.pop(), dtype) if len(used) == 1 else 1.0
+            found.append(
+                (tuple(d for group, _ in holders for d in group.devices), gradient * ratio)
+            )
     return tuple((devices, num_bytes) for devices, num_bytes in found if num_bytes)
 
 

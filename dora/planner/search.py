@@ -146,7 +146,7 @@ def _result(run: Exploration, objective: str, floor: float) -> SearchResult:
     best = chosen[0].value(objective) if chosen else inf
     is_optimal = bool(chosen) and floor >= best * (1 - TOLERANCE)
     plans = [
-        scheduled(plan, candidate, network)
+        guarded(scheduled(plan, candidate, network), run.max_loss)
         for plan, candidate in zip(to_plans(chosen, names), chosen, strict=True)
     ]
     return SearchResult(
@@ -161,6 +161,13 @@ def _result(run: Exploration, objective: str, floor: float) -> SearchResult:
         num_placements=run.num_chains,
         num_evaluated=len(run.seen),
     )
+
+
+def guarded(plan: Plan, max_loss: float) -> Plan:
+    """Returns a plan that tells the runtime how much its codecs may cost, if it has any."""
+    if not plan.codecs and not plan.gradient_codecs:
+        return plan
+    return plan.model_copy(update={"max_accuracy_loss": max_loss})
 
 
 def scheduled(plan: Plan, candidate: Candidate, cluster: Cluster) -> Plan:

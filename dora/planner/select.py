@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dora.planner.codecs import loss
 from dora.planner.layouts import to_plan
 from dora.planner.limits import Limit
 from dora.planner.predict import Group, Layout, Prediction, Setting
@@ -56,10 +57,11 @@ class Candidate(NamedTuple):
         """
         other = "energy" if objective == "time" else "time"
         criteria = (self.value(objective), self.value(other), self.memory_share)
-        groups, counts, warmup, _, modes, codecs = self.layout
+        groups, counts, warmup, _, modes, codecs, sums = self.layout
         names = tuple((codec.forward, codec.backward) for codec in codecs)
         rounded = (float(f"{value:.9g}") for value in criteria)
-        return (*rounded, groups, counts, warmup, modes, names)
+        lost = loss(codecs, sums)  # of two that are as small, the better one
+        return (*rounded, lost, groups, counts, warmup, modes, names, sums)
 
 
 def best_single(found: Sequence[Candidate], objective: str) -> Candidate | None:

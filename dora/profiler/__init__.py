@@ -3,12 +3,14 @@
 compute.py   runs a chain of blocks on this device -> ModelProfile
 passes.py    one micro-batch through the chain, forward and backward block by block
 probes.py    what is watched meanwhile: time, operations, bytes
+codecs.py    how fast this device encodes and decodes compressed tensors
 link.py      times messages between the ranks of a process group -> rates, latencies, Cluster
 wire.py      the messages that this takes
 energy.py    joules between two points in time; meters.py  what hardware has to tell them
 replay.py    the same profiles from files, and several devices' profiles as one
 """
 
+from dora.profiler.codecs import measure_codecs
 from dora.profiler.compute import profile_model
 from dora.profiler.energy import EnergyMeter, find_meters
 from dora.profiler.link import (
@@ -31,6 +33,7 @@ __all__ = [
     "contention",
     "find_meters",
     "load_profiles",
+    "measure_codecs",
     "measure_concurrent",
     "measure_links",
     "merge_profiles",

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dora.errors import SpecError
+from dora.profiler.codecs import measure_codecs
 from dora.profiler.passes import Batch, BlockChain, LossFn, Meter, PassCounter, Progress
 from dora.profiler.probes import sent_bytes, tensors_of
 from dora.spec import BlockCost, BlockProfile, ModelProfile, TiedParameter
@@ -100,6 +101,7 @@ def profile_model(
         tied=_tied(chain),
         input_bytes=sent_bytes((one.args, one.kwargs)),
         dtype=_main_dtype(chain.module),
+        codec_rates=measure_codecs(device_name, device),
     )
 
 

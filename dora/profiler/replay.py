@@ -48,7 +48,8 @@ def merge_profiles(profiles: Sequence[ModelProfile]) -> ModelProfile:
                 "profiles to merge must be of the same model and micro-batch sizes"
             )
     blocks = [_merge_blocks(same) for same in zip(*(p.blocks for p in profiles), strict=True)]
-    return first.model_copy(update={"blocks": tuple(blocks)})
+    rates = tuple(rate for profile in profiles for rate in profile.codec_rates)
+    return first.model_copy(update={"blocks": tuple(blocks), "codec_rates": rates})
 
 
 def _merge_blocks(blocks: tuple[BlockProfile, ...]) -> BlockProfile:
@@ -72,7 +73,7 @@ def _merge_costs(block: str, costs: tuple[BlockCost, ...]) -> BlockCost:
 
 def _structure(profile: ModelProfile) -> dict[str, Any]:
     """Returns the fields in which profiles of one model agree on every device."""
-    body = profile.model_dump(mode="json")
+    body = profile.model_dump(mode="json", exclude={"codec_rates"})
     for block in body["blocks"]:
         for cost in block["costs"]:
             for field in (*_LARGEST, "timings"):
