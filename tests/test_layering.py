@@ -17,6 +17,8 @@ ALLOWED = {
     "errors": set(),
     "files": set(),
     "kernels": set(),
+    "adapter": set(),
+    "adapt": {"adapter", "catalog", "judge", "planner", "simulator"},
     "console": set(),
     "keys": set(),
     "catalog": set(),
@@ -39,7 +41,7 @@ JOINS_ALL = {
 }  # fmt: skip
 NO_TORCH = {
     "spec", "errors", "files", "catalog", "planner", "scheduler", "simulator", "judge", "compare",
-    "report",
+    "report", "adapter", "adapt",
 }  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""What the engine's statistics of links say about the media of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dora.spec import Cluster
+
+# An estimate is the largest of samples of 40 ms (csrc/rate.h). A lane that was busy for less than
+# two of them since it was last looked at was limited by what there was to send.
+BUSY_S = 0.08
+# Processes add to a round trip; where the network's own part is not larger, it is not seen.
+LEAST_ROUND_TRIP_S = 1e-3
+
+
+class Gauges(NamedTuple):
+    """Of one rank's links, by rank of the peer; 0 is not known."""
+
+    rates_bytes_per_s: list[float]
+    round_trips_s: list[float]
+    sent_bytes: list[float]
+
+
+def link_gauges(transport: Any, num_ranks: int, before_bytes: Sequence[float]) -> Gauges:
+    """Returns what the engine knows of the links of this rank.
+
+    Args:
+        transport: Of the model; one without an engine knows nothing.
+        num_ranks: Of the job.
+        before_bytes: What had been sent to each peer the last time; empty at first.
+    """
+    rates, trips, sent = ([0.0] * num_ranks for _ in range(3))
+    communicator = getattr(transport, "communicator", None)
+    peers = communicator.engine.stats()["peers"] if communicator is not None else {}
+    for peer, stats in peers.items():
+        rate, sent[peer] = stats["rate_bytes_per_s"] or 0.0, float(stats["bytes_sent"])
+        more_bytes = sent[peer] - (before_bytes[peer] if before_bytes else 0.0)
+        if rate and more_bytes / rate >= BUSY_S:
+            rates[peer] = rate
+        trips[peer] = stats["rtt_s"] or 0.0
+    return Gauges(rates, trips, sent)
+
+
+class Paths:
+    """Which medium limits, and which delays, the way from one rank to another."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        media = {medium.name: medium for medium in cluster.media}
+        ranks = {device.name: rank for rank, device in enumerate(cluster.devices)}
+        self._narrowest: dict[tuple[int, int], tuple[str, float]] = {}
+        self._slowest: dict[tuple[int, int], tuple[str, float]] = {}
+        for link in cluster.links:
+            way = ranks[link.src], ranks[link.dst]
+            shares = {m: media[m].rate_bytes_per_s / link.media.count(m) for m in link.media}
+            narrowest = min(shares, key=lambda name: shares[name])
+            self._narrowest[way] = narrowest, shares[narrowest]
+            slowest = max(link.media, key=lambda name: media[name].latency_s)
+            self._slowest[way] = slowest, 2 * sum(media[m].latency_s for m in link.media)
+
+    def rates(self, rates_bytes_per_s: Mapping[int, Sequence[float]]) -> dict[str, float]:
+        """Returns what each medium carries over its rate: the most that any path over it shows.
+
+        The most, because paths that are busy at the same time show their shares.
+        """
+        found: dict[str, float] = {}
+        for src, row in rates_bytes_per_s.items():
+            for dst, rate in enumerate(row):
+                if rate > 0 and (src, dst) in self._narrowest:
+                    name, given = self._narrowest[src, dst]
+                    found[name] = max(found.get(name, 0.0), rate / given)
+        return found
+
+    def delays(self, round_trips_s: Mapping[int, Sequence[float]]) -> dict[str, float]:
+        """Returns the delay of each medium over the given one: the least that any path shows."""
+        found: dict[str, float] = {}
+        for src, row in round_trips_s.items():
+            for dst, trip_s in enumerate(row):
+                name, given_s = self._slowest.get((src, dst), ("", 0.0))
+                if trip_s > 0 and given_s >= LEAST_ROUND_TRIP_S:
+                    found[name] = min(found.get(name, trip_s / given_s), trip_s / given_s)
+        return found
