@@ -53,6 +53,15 @@ class BoundarySpec:
         """The tensor leaves in order."""
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, LeafSpec))
 
+    @cached_property
+    def returned(self) -> tuple[LeafSpec, ...]:
+        """What comes back: the gradients, and of several, which of them are none."""
+        leaves = tuple(leaf for leaf in self.tensors if leaf.requires_grad)
+        if len(leaves) < 2:
+            return leaves
+        flags = LeafSpec(torch.Size([len(leaves)]), torch.uint8, torch.device("cpu"), False)
+        return (*leaves, flags)
+
     def check(self, tensors: list[torch.Tensor], action: str) -> None:
         """Raises PartitionError if tensors differ in shape from what the peer expects."""
         given, expected = [x.shape for x in tensors], [leaf.shape for leaf in self.tensors]

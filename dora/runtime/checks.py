@@ -13,7 +13,7 @@ from dora.spec import Plan
 
 
 def check_plan(plan: Plan, chain: Chain, world_size: int) -> None:
-    """Raises InfeasiblePlanError if the plan is for other devices or blocks, or has codecs."""
+    """Raises InfeasiblePlanError if the plan is for other devices or blocks."""
     if len(plan.devices) != world_size:
         raise InfeasiblePlanError(
             f"plan: made for {len(plan.devices)} devices {list(plan.devices)}, given {world_size} "
@@ -24,13 +24,6 @@ def check_plan(plan: Plan, chain: Chain, world_size: int) -> None:
             f"plan: covers {plan.num_blocks} blocks, given a model of {chain.num_blocks}: plan it "
             "again for this model"
         )
-    for stage, codec in enumerate(plan.codecs):
-        if (codec.forward, codec.backward) != ("none", "none"):
-            raise InfeasiblePlanError(
-                f"plan: codec {codec.forward}/{codec.backward} behind stage {stage}, allowed: "
-                "none/none, since the runtime sends tensors as they are; plan with "
-                "max_accuracy_loss = 0"
-            )
 
 
 def check_agreed(
@@ -43,9 +36,10 @@ def check_agreed(
         InfeasiblePlanError: A stage does not fit its device.
     """
     limit = memory_limit_bytes or psutil.virtual_memory().total
-    row = [digest(plan.to_json()) >> 12, _memory_bytes(plan, chain, rank), limit]
+    row = [digest(plan.to_json()) >> 12, memory_bytes(plan, chain, rank), limit]
     rows = agreement.rows(row, "check of the plan")
-    for other, (plan_digest, need_bytes, limit_bytes) in enumerate(rows):
+    table = zip(agreement.members, rows, strict=True)
+    for other, (plan_digest, need_bytes, limit_bytes) in table:
         if plan_digest != rows[0][0]:
             raise ProtocolError(
                 f"plan: rank {other} was given another plan than rank 0, allowed: the same on all"
@@ -58,7 +52,7 @@ def check_agreed(
             )
 
 
-def _memory_bytes(plan: Plan, chain: Chain, rank: int) -> int:
+def memory_bytes(plan: Plan, chain: Chain, rank: int) -> int:
     """Returns the plan's predicted peak of a device, or its parameters and gradients."""
     for memory in plan.cost.memory if plan.cost else ():
         if memory.device == plan.devices[rank]:

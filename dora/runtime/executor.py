@@ -9,20 +9,21 @@ Every wait has a timeout and fails with rank, peer and action.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
 from dora.runtime.batchnorm import BatchNormSync
-from dora.runtime.boundary import BoundarySpec, tensors_of
+from dora.runtime.boundary import BoundarySpec, LeafSpec, tensors_of
+from dora.runtime.compress import Arrival, Coder, Crossing, Encoder
 from dora.runtime.frames import network_spans
-from dora.runtime.handshake import Handshake
-from dora.runtime.priority import ACTIVATION, URGENT, Priority
+from dora.runtime.mailbox import Mailbox, Span
+from dora.runtime.priority import ACTIVATION, URGENT
 from dora.runtime.reduce import GradReducer
 from dora.runtime.stage import Shapes, StageRunner, Step
-from dora.runtime.tags import BACKWARD, FORWARD, LOSS_TAG, RESULT, first_tag, message_name
+from dora.runtime.tags import BACKWARD, FORWARD, LOSS_TAG, RESULT, message_name
 from dora.runtime.transport import Pending, Transport
 from dora.spec import Action, Plan
 
@@ -34,8 +35,6 @@ _NEIGHBOUR = {"SEND_F": 1, "RECV_B": 1, "SEND_B": -1, "RECV_F": -1}
 # Sends under way per direction where all forwards come before all backwards: two keep the link
 # busy, and the tensors of the others are free.
 _MAX_SENDS = 2
-
-Span = tuple[str, str, float, float]  # lane, label, start, end
 
 
 class Executor:
@@ -49,6 +48,10 @@ class Executor:
         reducer: Sums gradients over replicas; None for inference.
         batchnorm: Keeps running statistics of replicas equal; None without replicas.
         timeout_s: Limit of every single wait.
+
+    Attributes:
+        coder: Encodes and decodes what crosses the boundaries.
+        members: Ranks that are told the loss.
     """
 
     def __init__(
@@ -69,11 +72,10 @@ class Executor:
         self.reducer = reducer
         self.batchnorm = batchnorm
         self.timeout_s = timeout_s
-        self.spans: list[Span] = []
+        self.coder = Coder(plan.codecs, rank)
+        self.members: Sequence[int] = range(len(plan.devices))
         self._ranks = [plan.ranks(stage.index) for stage in plan.stages]
-        self._receives: dict[tuple[int, int], list[tuple[torch.Tensor, Pending]]] = {}
-        self._sends: dict[tuple[int, int], list[Pending]] = {}
-        self._handshake = Handshake(transport, rank, timeout_s)
+        self._mail = Mailbox(transport, rank, timeout_s)
 
     # ------------------------------------------------------------ walking
 
@@ -89,10 +91,10 @@ class Executor:
         losses = self._post_losses(step)
         self._walk(actions, step)
         loss = self._collect_losses(step, losses)
-        self._timed("wait", "REDUCE_GRAD", lambda: self.reducer.finish(self.timeout_s))
+        self._mail.timed("REDUCE_GRAD", lambda: self.reducer.finish(self.timeout_s))
         if self.batchnorm is not None:
             self.batchnorm.finish(self.timeout_s)
-        self._finish_sends()
+        self._mail.finish_sends()
         return loss
 
     def infer(self, actions: Sequence[Action], step: Step, to_ranks: Sequence[int]) -> list[Any]:
@@ -113,16 +115,19 @@ class Executor:
             if others:
                 self._result_spec(m, step).check(tensors, "the result")
             for dst in others:
-                self._send(tensors, dst, RESULT, m, "the result", URGENT)
+                plain = [Encoder("the result", None)] * len(tensors)
+                self._mail.send(
+                    tensors, plain, dst, RESULT, m, action="the result", priority=URGENT
+                )
         outputs = []
         if self.rank in to_ranks:
             self._receive_results(step)
             outputs = [self._result(m, step) for m in range(len(step.inputs))]
-        self._finish_sends()
+        self._mail.finish_sends()
         return outputs
 
     def _walk(self, actions: Sequence[Action], step: Step, to_ranks: Sequence[int] = ()) -> None:
-        self.spans.clear()
+        self._mail.spans.clear()
         self._begin(actions, step, to_ranks)
         last_backward = max((i for i, a in enumerate(actions) if a.kind == "B"), default=-1)
         run = {
@@ -148,7 +153,7 @@ class Executor:
         args, kwargs = step.inputs[m]
         received = []
         if action.stage > 0:
-            received = self._wait(FORWARD, m, f"RECV_F {action}")
+            received = self._mail.wait(FORWARD, m, f"RECV_F {action}")
             self._finish_old_backward_sends(action, step)
             spec = self._shapes(m, step).received
             assert spec is not None
@@ -163,7 +168,7 @@ class Executor:
         if self.batchnorm is not None and step.loss_fn is not None:
             self.batchnorm.after_forward(m)
         self._keep(m, received, output, step)
-        self.spans.append(("compute", str(action), start, time.perf_counter()))
+        self._mail.spans.append(("compute", str(action), start, time.perf_counter()))
 
     def _keep(self, m: int, received: list[torch.Tensor], output: Any, step: Step) -> None:
         """Keeps what backward or the send needs, and no more."""
@@ -188,17 +193,17 @@ class Executor:
         if self.runner.is_last:
             grads: list[torch.Tensor | None] = [None] * len(roots)
         else:
-            grads = list(self._wait(BACKWARD, m, f"RECV_B {action}"))
+            grads = list(self._mail.wait(BACKWARD, m, f"RECV_B {action}"))
             if len(roots) > 1:
                 used = grads.pop()
                 assert used is not None
                 roots = [root for root, flag in zip(roots, used.tolist(), strict=True) if flag]
                 grads = [grad for grad, flag in zip(grads, used.tolist(), strict=True) if flag]
-            self._finish_sends_of(FORWARD, m)  # the peer has it, or no gradient had come
+            self._mail.finish_sends_of(FORWARD, m)  # the peer has it, or no gradient had come
         start = time.perf_counter()
         if roots:
             torch.autograd.backward(roots, grads)
-        self.spans.append(("compute", str(action), start, time.perf_counter()))
+        self._mail.spans.append(("compute", str(action), start, time.perf_counter()))
 
     # ------------------------------------------------------------ messages
 
@@ -209,37 +214,31 @@ class Executor:
         assert spec is not None
         spec.check(tensors, f"{action}")
         step.roots[m] = [get_gradient_edge(x) for x in tensors if x.requires_grad]
-        dst = self._peer(action.stage + 1, m, step)
         self._limit_sends(FORWARD, step)
-        priority = ACTIVATION._replace(deadline=step.deadlines.get(action, 0.0))
-        self._send([x.detach() for x in tensors], dst, FORWARD, m, f"{action}", priority)
+        at = Crossing(action.stage, FORWARD)
+        self._send([x.detach() for x in tensors], spec.tensors, at, action, step)
 
     def _send_backward(self, action: Action, step: Step) -> None:
         m = action.microbatch
+        spec = self._shapes(m, step).received
+        assert spec is not None
         leaves = [leaf for leaf in step.received.pop(m) if leaf.requires_grad]
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
         if len(leaves) > 1:  # some may be unused here: no gradient is not a zero gradient
             grads.append(torch.tensor([x.grad is not None for x in leaves], dtype=torch.uint8))
         self._limit_sends(BACKWARD, step)
-        priority = ACTIVATION._replace(deadline=step.deadlines.get(action, 0.0))
-        dst = self._peer(action.stage - 1, m, step)
-        self._send(grads, dst, BACKWARD, m, f"{action}", priority)
+        self._send(grads, spec.returned, Crossing(action.stage - 1, BACKWARD), action, step)
 
     def _receive_forward(self, action: Action, step: Step) -> None:
-        m = action.microbatch
-        spec = self._shapes(m, step).received
+        spec = self._shapes(action.microbatch, step).received
         assert spec is not None
-        tensors = [leaf.empty() for leaf in spec.tensors]
-        self._receive(tensors, self._peer(action.stage - 1, m, step), FORWARD, m, f"{action}")
+        at = Crossing(action.stage - 1, FORWARD)
+        self._receive(spec.tensors, at, action, step)
 
     def _receive_backward(self, action: Action, step: Step) -> None:
-        m = action.microbatch
-        spec = self._shapes(m, step).sent
+        spec = self._shapes(action.microbatch, step).sent
         assert spec is not None
-        tensors = [leaf.empty() for leaf in spec.tensors if leaf.requires_grad]
-        if len(tensors) > 1:
-            tensors.append(torch.empty(len(tensors), dtype=torch.uint8))
-        self._receive(tensors, self._peer(action.stage + 1, m, step), BACKWARD, m, f"{action}")
+        self._receive(spec.returned, Crossing(action.stage, BACKWARD), action, step)
 
     def _peer(self, stage: int, microbatch: int, step: Step) -> int:
         return self._ranks[stage][step.routes[microbatch][stage]]
@@ -255,50 +254,27 @@ class Executor:
 
     def _send(
         self,
-        tensors: list[torch.Tensor],
-        dst: int,
-        direction: int,
-        m: int,
-        action: str,
-        priority: Priority,
+        tensors: Sequence[torch.Tensor],
+        leaves: Sequence[LeafSpec],
+        at: Crossing,
+        action: Action,
+        step: Step,
     ) -> None:
-        tag = first_tag(direction, m)
-        self._sends.setdefault((direction, m), []).extend(
-            self.transport.send(x.contiguous().cpu(), dst, tag + i, action, priority=priority)
-            for i, x in enumerate(tensors)
+        m = action.microbatch
+        dst = self._peer(action.stage + _NEIGHBOUR[action.kind], m, step)
+        priority = ACTIVATION._replace(deadline=step.deadlines.get(action, 0.0))
+        key = step.key._replace(microbatch=m)
+        encoders = self.coder.encoders(leaves, at, f"{action}", key)
+        self._mail.send(
+            tensors, encoders, dst, at.direction, m, action=f"{action}", priority=priority
         )
 
     def _receive(
-        self, tensors: list[torch.Tensor], src: int, direction: int, m: int, action: str
+        self, leaves: Sequence[LeafSpec], at: Crossing, action: Action, step: Step
     ) -> None:
-        self._handshake.check(src)
-        tag = first_tag(direction, m)
-        self._receives[direction, m] = [
-            (x, self.transport.receive(x, src, tag + i, action)) for i, x in enumerate(tensors)
-        ]
-
-    def _wait(self, direction: int, m: int, label: str) -> list[torch.Tensor]:
-        pending = self._receives.pop((direction, m))
-        self._timed("wait", label, lambda: self._finish(op for _, op in pending))
-        device = self.runner.device
-        return [x if device.type == "cpu" else x.to(device) for x, _ in pending]
-
-    def _timed(self, lane: str, label: str, work: Callable[[], Any]) -> None:
-        start = time.perf_counter()
-        work()
-        self.spans.append((lane, label, start, time.perf_counter()))
-
-    def _finish(self, operations: Iterable[Pending]) -> None:
-        for operation in operations:
-            operation.wait(self.timeout_s)
-
-    def _finish_sends_of(self, direction: int, m: int) -> None:
-        self._finish(self._sends.pop((direction, m), ()))
-
-    def _finish_sends(self) -> None:
-        for direction, m in list(self._sends):
-            self._finish_sends_of(direction, m)
-        self._handshake.finish()
+        src = self._peer(action.stage + _NEIGHBOUR[action.kind], action.microbatch, step)
+        arrivals = self.coder.arrivals(leaves, at, self.runner.device)
+        self._mail.receive(arrivals, src, at.direction, action.microbatch, f"{action}")
 
     def _limit_sends(self, direction: int, step: Step) -> None:
         """Waits for all but the latest sends, so that outputs and gradients do not pile up.
@@ -308,9 +284,8 @@ class Executor:
         may have to wait for this rank's next forward; there the window is the limit.
         """
         if step.loss_fn is None or self.plan.schedule_kind == "gpipe":
-            started = [m for d, m in self._sends if d == direction]
-            for m in started[:-_MAX_SENDS]:
-                self._finish_sends_of(direction, m)
+            for m in self._mail.sending(direction)[:-_MAX_SENDS]:
+                self._mail.finish_sends_of(direction, m)
 
     def _finish_old_backward_sends(self, action: Action, step: Step) -> None:
         """Frees gradients that the previous stage must have received by now, under 1F1B.
@@ -321,14 +296,15 @@ class Executor:
         previous, m = action.stage - 1, action.microbatch
         newest = m - self.plan.warmup[previous] if self.plan.schedule_kind == "1f1b" else -1
         src = self._peer(previous, m, step)
-        for direction, j in list(self._sends):
-            if direction == BACKWARD and j <= newest and self._peer(previous, j, step) == src:
-                self._finish_sends_of(direction, j)
+        for j in self._mail.sending(BACKWARD):
+            if j <= newest and self._peer(previous, j, step) == src:
+                self._mail.finish_sends_of(BACKWARD, j)
 
     def all_spans(self) -> list[Span]:
         """Returns what this rank did in the last call, with its traffic if the transport tells."""
-        start_s = min((start for _, _, start, _ in self.spans), default=0.0)
-        return [*self.spans, *network_spans(self.transport.frames(), start_s, message_name)]
+        spans = self._mail.spans
+        start_s = min((start for _, _, start, _ in spans), default=0.0)
+        return [*spans, *network_spans(self.transport.frames(), start_s, message_name)]
 
     # ------------------------------------------------------------ agreement and results
 
@@ -345,7 +321,7 @@ class Executor:
         if self.rank in self._last_ranks(step):
             dst |= set(to_ranks)
         own = {self.rank}
-        self._handshake.begin(step.key.step, step.header, dst=dst - own, src=src - own)
+        self._mail.handshake.begin(step.key.step, step.header, dst=dst - own, src=src - own)
 
     def _last_ranks(self, step: Step) -> set[int]:
         """Returns the ranks that compute outputs or losses in this step."""
@@ -363,16 +339,16 @@ class Executor:
     def _collect_losses(self, step: Step, losses: dict[int, tuple[torch.Tensor, Pending]]) -> float:
         mine = 0.0 if step.loss is None else float(step.loss)
         if self.rank in self._last_ranks(step):
-            message = torch.cat([torch.tensor([mine], dtype=torch.float64), self._handshake.stamp])
-            self._sends[-1, 1] = [
-                self.transport.send(message, dst, LOSS_TAG, "the loss", priority=URGENT)
-                for dst in range(len(self.plan.devices))
-                if dst != self.rank
-            ]
-        self._timed("wait", "loss", lambda: self._finish(op for _, op in losses.values()))
+            stamp = self._mail.handshake.stamp
+            message = torch.cat([torch.tensor([mine], dtype=torch.float64), stamp])
+            for dst in self.members:
+                if dst != self.rank:
+                    sent = self.transport.send(message, dst, LOSS_TAG, "the loss", priority=URGENT)
+                    self._mail.keep(sent)
+        self._mail.timed("loss", lambda: self._mail.finish(op for _, op in losses.values()))
         by_rank = {self.rank: mine}
         for src, (message, _) in losses.items():
-            self._handshake.compare(message[1:], src)
+            self._mail.handshake.compare(message[1:], src)
             by_rank[src] = float(message[0])
         return sum(by_rank[rank] for rank in sorted(by_rank))
 
@@ -387,10 +363,11 @@ class Executor:
         for m in range(len(step.inputs)):
             src = self._peer(len(self.plan.stages) - 1, m, step)
             if src != self.rank:
-                tensors = [leaf.empty() for leaf in self._result_spec(m, step).tensors]
-                self._receive(tensors, src, RESULT, m, "the result")
+                leaves, device = self._result_spec(m, step).tensors, self.runner.device
+                arrivals = [Arrival(leaf, None, device) for leaf in leaves]
+                self._mail.receive(arrivals, src, RESULT, m, "the result")
 
     def _result(self, m: int, step: Step) -> Any:
         if m in step.results:
             return step.results[m]
-        return self._result_spec(m, step).fill(self._wait(RESULT, m, "the result"))
+        return self._result_spec(m, step).fill(self._mail.wait(RESULT, m, "the result"))
