@@ -16,11 +16,10 @@ from test_transparency import grads, plain_step, relative_error
 from torch import nn
 
 from dora import DoraParallel, partition
-from dora.errors import InfeasiblePlanError, SpecError
+from dora.errors import SpecError
 from dora.runtime.batch import as_call
-from dora.runtime.checks import check_plan
 from dora.scheduler import build_schedule
-from dora.spec import BoundaryCodec, Transfer
+from dora.spec import Transfer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -221,16 +220,6 @@ def ordered_by_the_network_scheduler(rank: int) -> float:
 
 def test_order_of_transfers_does_not_change_gradients():
     assert max(run_ranks(3, ordered_by_the_network_scheduler)) <= 1e-5
-
-
-def test_codecs_are_refused():
-    case = make("mlp")
-    args, kwargs = as_call(case.inputs)
-    chain = partition(case.module, args, kwargs)
-    codecs = (BoundaryCodec(forward="int8"),)
-    plan = make_plan(chain.num_blocks, [[1], [1]], codecs=codecs)
-    with pytest.raises(InfeasiblePlanError, match="codec int8/none behind stage 0"):
-        check_plan(plan, chain, 2)
 
 
 def random_state_and_memory(rank: int) -> bool:

@@ -48,6 +48,8 @@ class EnginePending:
     def wait(self, timeout_s: float) -> None:
         """Blocks until done; raises PeerLostError that names rank, peer and action."""
         is_over = self._pending.wait_until_over(self._patience_s(timeout_s))
+        if self._transport.interruption is not None and self._pending.error() is not None:
+            raise self._pending.failed(self._transport.interruption)
         if not is_over:
             self._pending.cancel()
             reason = CLOSED if self._is_forsaken() else no_answer(timeout_s)
@@ -104,8 +106,9 @@ class EngineTransport:
             self.communicator = Communicator.create(
                 store, self.rank, dist.get_world_size(), **options
             )
-        self._turn = self.communicator.next_turn()
-        self._messages = self._number("messages")
+        self.interruption: str | None = None
+        self._turn = f"{self.communicator.next_turn()}"
+        self._messages = self.number("messages")
         self._lock = threading.Lock()
         self._live: weakref.WeakSet[EnginePending] = weakref.WeakSet()
         if not self._is_owner:
@@ -162,7 +165,7 @@ class EngineTransport:
         pending = self.communicator.all_reduce(
             tensor,
             ranks,
-            group=self._number(ranks),
+            group=self.number(ranks),
             priority=priority or GRADIENT,
             timeout_s=_PATIENT_S,
             action=action,
@@ -175,7 +178,7 @@ class EngineTransport:
             tensor,
             src,
             ranks,
-            group=self._number(ranks),
+            group=self.number(ranks),
             priority=WEIGHTS,
             timeout_s=_PATIENT_S,
             action=action,
@@ -198,17 +201,39 @@ class EngineTransport:
             if peer != self.rank:
                 self._say_goodbye(peer)
 
+    def interrupt(self, reason: str) -> None:
+        """Fails all that is under way and all that comes, until `renew`; from any thread."""
+        self.interruption = self.interruption or reason
+        for pending in self._under_way():
+            pending.give_up()
+
+    def renew(self, name: str) -> None:
+        """Starts anew, with messages that nobody takes for those before.
+
+        Args:
+            name: Of the new beginning, equal on all ranks that go on.
+        """
+        self._turn = f"{self._turn.split()[0]} {name}"
+        self._messages = self.number("messages")
+        if not self._is_owner:
+            self._goodbyes.cancel()
+            self._hear_goodbyes()
+        self.interruption = None
+
     def _track(self, pending: Pending, ranks: Sequence[int]) -> EnginePending:
         tracked = EnginePending(self, pending, frozenset(ranks) - {self.rank})
         with self._lock:
             self._live.add(tracked)
+        if self.interruption is not None:
+            tracked.give_up()
         return tracked
 
     def _under_way(self) -> list[EnginePending]:
         with self._lock:
             return [*self._live]
 
-    def _number(self, what: str | Sequence[int]) -> int:
+    def number(self, what: str | Sequence[int]) -> int:
+        """Returns what keeps messages of this transport apart from all others."""
         key = what if isinstance(what, str) else list(what)
         return zlib.crc32(f"transport {self._turn}: {key}".encode())
 

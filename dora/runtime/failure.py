@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -61,3 +63,22 @@ class FailureBoard:
                 return error
             time.sleep(0.02)
         return error
+
+    def claim(self, topic: str, members: Sequence[int]) -> list[int]:
+        """Returns who goes on, by the first rank that has claimed this topic.
+
+        Keeps two parts of a job from both going on, as far as the store can be reached.
+        """
+        claimed = [*members]
+
+        def ask() -> None:
+            nonlocal claimed
+            with contextlib.suppress(Exception):  # the store may have died with its host
+                note = self._store.compare_set(f"claim/{topic}", "", json.dumps(claimed))
+                claimed = json.loads(note)
+
+        # A host that can not be reached answers no sooner than the store's own timeout.
+        thread = threading.Thread(target=ask, name="dora-claim", daemon=True)
+        thread.start()
+        thread.join(_GRACE_S)
+        return claimed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from dora.runtime.rendezvous import Links
 from dora.spec import Plan
 
 
-def shared_media(plan: Plan, rank: int) -> Links:
+def shared_media(plan: Plan, rank: int, members: Collection[int] | None = None) -> Links:
     """Returns the media that this rank shares with other senders, and who lends them.
 
     A medium that only one device sends on needs nobody to lend it. The lowest rank that sends on
@@ -15,17 +17,20 @@ def shared_media(plan: Plan, rank: int) -> Links:
     Args:
         plan: Its links name the media.
         rank: This process.
+        members: Ranks that are there; None for all.
     """
     position = {name: i for i, name in enumerate(plan.devices)}
     senders: dict[str, set[int]] = {}
-    for link in plan.links:
+    there = {*position.values()} if members is None else {*members}
+    links = [link for link in plan.links if {position[link.src], position[link.dst]} <= there]
+    for link in links:
         for medium in link.media:
             senders.setdefault(medium, set()).add(position[link.src])
     shared = sorted(medium for medium, ranks in senders.items() if len(ranks) > 1)
     number = {medium: i for i, medium in enumerate(shared)}
     media = {
         position[link.dst]: sorted({number[m] for m in link.media if m in number})
-        for link in plan.links
+        for link in links
         if position[link.src] == rank
     }
     arbiters = {number[medium]: min(senders[medium]) for medium in shared}

@@ -6,9 +6,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -17,20 +18,21 @@ from torch import nn
 
 from dora.errors import DoraError, PeerLostError
 from dora.partition import Chain, partition
+from dora.runtime import generation
+from dora.runtime.adaptive import Adapter, AdaptiveModule
 from dora.runtime.agreement import Agreement
 from dora.runtime.batch import as_call, batch_size, merge, microbatch_sizes, split, split_inputs
-from dora.runtime.batchnorm import BatchNormSync
 from dora.runtime.boundary import signature
-from dora.runtime.checks import check_agreed, check_plan
+from dora.runtime.build import build_executor
 from dora.runtime.clock import clock_offset_s
-from dora.runtime.executor import Executor, Step
+from dora.runtime.executor import Step
 from dora.runtime.failure import open_board
+from dora.runtime.guard import GuardedExecutor
 from dora.runtime.losses import LossFn, as_loss_fn
 from dora.runtime.media import shared_media
-from dora.runtime.reduce import GradReducer
+from dora.runtime.replan import Policy
 from dora.runtime.seeds import SeedKey
-from dora.runtime.stage import StageRunner
-from dora.runtime.state import ModelState, local_modules
+from dora.runtime.state import ModelState
 from dora.runtime.transports import open_transport
 from dora.runtime.turn import Call, Turn
 from dora.scheduler import build_schedule, deadlines, validate
@@ -43,7 +45,7 @@ _PROFILE_TIMEOUT_S = 600.0
 _MAX_CALLS = 10_000
 
 
-class DoraParallel(nn.Module):
+class DoraParallel(AdaptiveModule):
     """Spreads a module over the ranks of torch.distributed as a plan says.
 
     Every rank builds the same module, runs the same loop and passes the same batches; it keeps
@@ -73,6 +75,13 @@ class DoraParallel(nn.Module):
         seed: Of dropout; None takes rank 0's torch seed.
         transport: What carries the messages: 'dora' (the engine), 'gloo', 'gloo-chunked', 'nccl'.
         key: Secret of the engine; None takes DORA_KEY; one machine needs none.
+        snapshot_interval: Go on after the loss of a device, from copies of the training state that
+            are made every so many optimizer steps; 0 makes none, None ends the job on a loss.
+        replan: Returns the plan to go on with, given the names of all devices that are gone; None
+            takes the first of `bank` that does without them, or gives their blocks to others.
+        bank: Plans for the case of a loss, the best first.
+        rescue_dir: Folder for what is left of the model when it is not enough to go on.
+        adapter: Switches plans as devices and networks change, such as `dora.adapt.adapting`.
 
     Attributes:
         calls: When each of the last steps and requests began and ended on this rank.
@@ -83,6 +92,8 @@ class DoraParallel(nn.Module):
             another number of devices or blocks.
         ProtocolError: Ranks hold different plans.
     """
+
+    _executor: GuardedExecutor
 
     def __init__(
         self,
@@ -101,6 +112,11 @@ class DoraParallel(nn.Module):
         seed: int | None = None,
         transport: str = "dora",
         key: str | None = None,
+        snapshot_interval: int | None = None,
+        replan: Callable[[tuple[str, ...]], Plan] | None = None,
+        bank: Sequence[Plan] = (),
+        rescue_dir: str | os.PathLike[str] = "dora-rescue",
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         if not dist.is_initialized():
@@ -110,19 +126,24 @@ class DoraParallel(nn.Module):
             )
         self.rank, world_size = dist.get_rank(), dist.get_world_size()
         self.timeout_s = timeout_s
+        self._world_size = world_size
         self._batch_dim = batch_dim
         self._whole_inputs = tuple(whole_inputs)
         self._loss_reduction = loss_reduction
         self._output_ranks = tuple(range(world_size)) if outputs_to == "all" else (outputs_to,)
         self._calls = 0
+        self._is_checkpointing = activation_checkpointing
         self._failed: str | None = None
         self._schedules: dict[tuple[bool, int, int], Turn] = {}
+        self._memory_limit_bytes = memory_limit_bytes
+        self._adapter = adapter
         self.calls: deque[Call] = deque(maxlen=_MAX_CALLS)
         self._board = open_board(self.rank)
         options: dict[str, Any] = {} if key is None else {"key": key}
         self._open = partial(open_transport, transport, **options)
         self.transport = self._open(timeout_s=timeout_s)
-        self._agreement = Agreement(self.transport, self.rank, world_size, timeout_s)
+        self.members = tuple(range(world_size))
+        self._agreement = Agreement(self.transport, self.rank, self.members, timeout_s)
         with self._guarded():
             self.chain = module if isinstance(module, Chain) else self._cut(module, sample, blocks)
             self.module = self.chain.module
@@ -131,46 +152,51 @@ class DoraParallel(nn.Module):
                 if isinstance(plan, Plan)
                 else plan(self.chain, as_call(sample), self._gather_patiently)
             )
-            check_plan(self.plan, self.chain, world_size)
-            check_agreed(self.plan, self.chain, self.rank, memory_limit_bytes, self._agreement)
-            self._build(activation_checkpointing, seed)
+            self._check(self.plan)
+            self._build(seed)
+            if snapshot_interval is not None:
+                policy = Policy(snapshot_interval, replan, tuple(bank), Path(rescue_dir))
+                self._survive(policy)
 
     # ------------------------------------------------------------ building
 
-    def _build(self, activation_checkpointing: bool, seed: int | None) -> None:
-        plan, transport = self.plan, self.transport
-        self._state = ModelState(self.chain, plan, self.rank, transport, self.timeout_s)
-        stage_ranks = [plan.ranks(stage.index) for stage in plan.stages]
-        groups = {*self._state.holders.values(), *stage_ranks}
-        transport.share_media(shared_media(plan, self.rank))
-        transport.add_groups(sorted(group for group in groups if len(group) > 1))
-        if not self._state.parameters:
-            # Optimizers refuse an empty list; this one never gets a gradient.
-            self._unused = nn.Parameter(torch.empty(0))
+    def _build(self, seed: int | None) -> None:
+        self._state = ModelState(self.chain, self.plan, self.rank, self.transport, self.timeout_s)
+        # Optimizers refuse an empty list; this one never gets a gradient.
+        self._unused = nn.Parameter(torch.empty(0))
+        self._settle()
         self._state.equalise()
-        placed = plan.placement(self.rank)
-        stage = plan.stages[placed[0] if placed else 0]
-        runner = StageRunner(
-            self.chain, stage.first_block, stage.last_block, checkpoint=activation_checkpointing
-        )
-        replicas = stage_ranks[stage.index]
-        modules = local_modules(self.chain, runner.units) if placed and len(replicas) > 1 else []
-        self._executor = Executor(
-            plan,
-            self.rank,
-            runner,
-            transport,
-            reducer=GradReducer(transport, self._state.parameters, self._state.holders),
-            batchnorm=BatchNormSync(modules, transport, replicas) if modules else None,
-            timeout_s=self.timeout_s,
-        )
-        self._schedule(training=True, count=plan.num_microbatches, offset=0)
-        self._seed = self._agreement.from_rank_0(
+        parameters = self._state.parameters
+        self._optimizers.hold(parameters, {}, None if parameters else self._unused)
+        self._seed = self._agreement.from_first(
             torch.initial_seed() if seed is None else seed, "seed"
         )
         self._clock_offset_s = clock_offset_s(
-            transport, self.rank, len(plan.devices), self.timeout_s
+            self.transport, self.rank, len(self.members), self.timeout_s
         )
+
+    def _settle(self) -> None:
+        """Makes all that depends on the plan; this rank holds what the plan wants of it."""
+        plan, transport, state = self.plan, self.transport, self._state
+        stage_ranks = [plan.ranks(stage.index) for stage in plan.stages]
+        groups = {*state.holders.values(), *stage_ranks}
+        transport.share_media(shared_media(plan, self.rank, self.members))
+        transport.add_groups(sorted(group for group in groups if len(group) > 1))
+        if hasattr(self, "_executor"):
+            self._executor.reducer.close()
+        self._executor = build_executor(
+            self.chain,
+            plan,
+            self.rank,
+            transport,
+            state=state,
+            agreement=self._agreement,
+            activation_checkpointing=self._is_checkpointing,
+            timeout_s=self.timeout_s,
+        )
+        self._executor.members = self.members
+        self._schedules.clear()
+        self._schedule(training=True, count=plan.num_microbatches, offset=0)
 
     def _cut(self, module: nn.Module, sample: Any, blocks: Sequence[str] | None) -> Chain:
         if sample is None:
@@ -185,7 +211,7 @@ class DoraParallel(nn.Module):
         """Gathers profiles: a slow device measures for minutes after a fast one is done."""
         transport = self._open(timeout_s=_PROFILE_TIMEOUT_S)
         try:
-            agreement = Agreement(transport, self.rank, dist.get_world_size(), _PROFILE_TIMEOUT_S)
+            agreement = Agreement(transport, self.rank, self.members, _PROFILE_TIMEOUT_S)
             return agreement.gather(data, "profile")
         finally:
             transport.close()
@@ -232,26 +258,34 @@ class DoraParallel(nn.Module):
             PeerLostError: A peer failed or was silent for `timeout_s`.
             ProtocolError: Ranks passed different batches.
         """
+        self._adapt()
         if self.plan.schedule_kind == "wavefront":
             raise ValueError("plan: schedule_kind 'wavefront' only infers, allowed: 1f1b or gpipe")
         args, kwargs = as_call(inputs)
         size = batch_size(args, kwargs, self._batch_dim)
-        sizes = microbatch_sizes(size, self.plan.num_microbatches)
-        turn = self._schedule(training=True, count=len(sizes), offset=0)
-        mean = self._loss_reduction == "mean"
-        step = Step(
-            inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
-            targets=split(targets, sizes, self._batch_dim),
-            weights=[n / size if mean else 1.0 for n in sizes],
-            routes=self.plan.routes,
-            loss_fn=as_loss_fn(loss_fn, targets),
-            key=SeedKey(self._seed, self._calls, 0),
-            deadlines=turn.deadlines,
-            header=f"train {signature(args, kwargs)}",
-        )
-        with self._guarded(), torch.enable_grad(), self._seeded(), self._clocked("train"):
-            self._state.check_trainable()
-            return torch.tensor(self._executor.train(turn.actions, step), dtype=torch.float64)
+        microbatch_sizes(size, self.plan.num_microbatches)  # refuses before anything is sent
+        loss_of = as_loss_fn(loss_fn, targets)
+
+        def attempt() -> torch.Tensor:
+            sizes = microbatch_sizes(size, self.plan.num_microbatches)
+            turn = self._schedule(training=True, count=len(sizes), offset=0)
+            mean = self._loss_reduction == "mean"
+            step = Step(
+                inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
+                targets=split(targets, sizes, self._batch_dim),
+                weights=[n / size if mean else 1.0 for n in sizes],
+                routes=self.plan.routes,
+                loss_fn=loss_of,
+                key=SeedKey(self._seed, self._calls, 0),
+                deadlines=turn.deadlines,
+                header=f"train {signature(args, kwargs)}",
+            )
+            with torch.enable_grad(), self._seeded(), self._clocked("train"):
+                self._state.check_trainable()
+                return torch.tensor(self._executor.train(turn.actions, step), dtype=torch.float64)
+
+        loss: torch.Tensor = self._call("train", attempt)
+        return loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Infers one batch over the stages; a collective call.
@@ -264,20 +298,31 @@ class DoraParallel(nn.Module):
                 "forward() of DoraParallel does not record gradients: train with "
                 "model.step(inputs, targets, loss_fn), or infer under torch.no_grad()"
             )
+        self._adapt()
         size = batch_size(args, kwargs, self._batch_dim)
-        sizes = microbatch_sizes(size, min(size, self.plan.num_microbatches))
-        offset = self._calls * len(sizes) % len(self.plan.routes)
-        turn = self._schedule(training=False, count=len(sizes), offset=offset)
-        step = Step(
-            inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
-            routes=turn.plan.routes,
-            key=SeedKey(self._seed, self._calls, 0),
-            deadlines=turn.deadlines,
-            header=f"infer {signature(args, kwargs)[0]}",
-        )
-        with self._guarded(), torch.no_grad(), self._seeded(), self._clocked("infer"):
-            outputs = self._executor.infer(turn.actions, step, self._output_ranks)
+
+        def attempt() -> tuple[list[Any], list[int]]:
+            sizes = microbatch_sizes(size, min(size, self.plan.num_microbatches))
+            offset = self._calls * len(sizes) % len(self.plan.routes)
+            turn = self._schedule(training=False, count=len(sizes), offset=offset)
+            step = Step(
+                inputs=split_inputs(args, kwargs, sizes, self._batch_dim, self._whole_inputs),
+                routes=turn.plan.routes,
+                key=SeedKey(self._seed, self._calls, 0),
+                deadlines=turn.deadlines,
+                header=f"infer {signature(args, kwargs)[0]}",
+            )
+            with torch.no_grad(), self._seeded(), self._clocked("infer"):
+                return self._executor.infer(turn.actions, step, self._output_ranks), sizes
+
+        outputs, sizes = self._call("infer", attempt)
         return merge(outputs, sizes, self._batch_dim) if outputs else None
+
+    generate = generation.generate
+
+    def _adapt(self) -> None:
+        if self._adapter is not None and self.calls:
+            self._adapter.between_calls(self)
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -307,77 +352,15 @@ class DoraParallel(nn.Module):
             error = self._board.explain(error)
         self._failed = f"{type(error).__name__}: {error}"
         self._board.report(error)
-        self.transport.close()
+        self.close()
         raise error
 
-    # ------------------------------------------------------------ parameters and state
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the parameters of this rank's blocks under the plain module's names."""
-        dot, keys = f"{prefix}." if prefix else "", self.chain.parameters.keys
-        for name, parameter in self._state.parameters.items():
-            for key in keys[name][:1] if remove_duplicate else keys[name]:
-                yield f"{dot}{key}", parameter
-        if not self._state.parameters:
-            yield f"{dot}unused", self._unused
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the buffers of this rank's blocks under the plain module's names."""
-        dot, keys = f"{prefix}." if prefix else "", self.chain.buffers.keys
-        yield from ((f"{dot}{keys[name][0]}", b) for name, b in self._state.buffers.items())
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NoReturn:
-        raise RuntimeError("move or cast the module before it is partitioned, not DoraParallel")
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scales all gradients so that their norm over all ranks is at most `max_norm`.
-
-        A collective call; shared parameters count once.
-
-        Returns:
-            The norm before scaling, equal on all ranks.
-        """
-        mine = [
-            p.grad
-            for name, p in self._state.parameters.items()
-            if p.grad is not None and self._state.holders[name][0] == self.rank
-        ]
-        norm = float(torch.nn.utils.get_total_norm(mine, norm_type)) if mine else 0.0
-        with self._guarded():
-            rows = self._agreement.rows([norm], "clip_grad_norm_")
-        norms = torch.tensor(rows, dtype=torch.float64)
-        total: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
-        torch.nn.utils.clip_grads_with_norm_(self._state.parameters.values(), max_norm, total)
-        return total
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Returns the plain module's whole state on every rank; a collective call."""
-        if args or kwargs:
-            raise TypeError("state_dict() of DoraParallel takes no arguments")
-        with self._guarded():
-            return self._state.gather()
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Takes this rank's blocks from the plain module's state."""
-        missing, unexpected = self._state.load(state_dict, strict=strict)
-        return nn.modules.module._IncompatibleKeys(missing, unexpected)
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes safetensors files on rank 0, one per stage; a collective call."""
-        with self._guarded():
-            self._state.save(directory)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Reads this rank's blocks, and nothing else, from safetensors files."""
-        self._state.read(path)
-
     # ------------------------------------------------------------ measuring
+
+    def computed(self) -> list[tuple[str, float]]:
+        """Returns (action, seconds) of what this rank computed in the last call."""
+        spans = self._executor._mail.spans
+        return [(label, end - start) for lane, label, start, end in spans if lane == "compute"]
 
     def timeline(self) -> Timeline:
         """Returns what all ranks did in the last call, on one clock; a collective call."""
@@ -391,7 +374,8 @@ class DoraParallel(nn.Module):
             }
             for lane, label, start, end in self._executor.all_spans()
         ]
-        with self._guarded():
-            gathered = self._agreement.gather(json.dumps(mine).encode(), "timeline")
+        gathered = self._call(
+            "timeline", lambda: self._agreement.gather(json.dumps(mine).encode(), "timeline")
+        )
         spans = [Span(**span) for part in gathered for span in json.loads(part)]
         return Timeline(source="measured", num_ranks=len(self.plan.devices), spans=tuple(spans))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -29,24 +29,45 @@ def holders(users: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, tuple
     }
 
 
-def drop_remote(chain: Chain, local: set[str]) -> None:
+def drop_remote(chain: Chain, local: Collection[str]) -> None:
     """Frees every parameter and buffer of `chain` that is not named in `local`.
 
     Each becomes one zero, repeated: code between blocks may still ask for its shape, dtype or
     device, and may compute with it on the way to a result that is thrown away.
     """
     for first, names in {**chain.parameters.names, **chain.buffers.names}.items():
-        if first in local:
-            continue
-        for name in names:
-            path, _, attribute = name.rpartition(".")
-            _replace(chain.module.get_submodule(path), attribute)
+        if first not in local:
+            for name in names:
+                owner, attribute = _owner(chain, name)
+                tensor = getattr(owner, attribute)
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+                setattr(owner, attribute, _like(tensor, zero.expand(tensor.shape)))
 
 
-def _replace(owner: nn.Module, attribute: str) -> None:
-    tensor = getattr(owner, attribute)
-    zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-    if attribute in owner._parameters:
-        owner._parameters[attribute] = nn.Parameter(zero, requires_grad=tensor.requires_grad)
-    else:
-        owner._buffers[attribute] = zero
+def put(chain: Chain, first: str, value: torch.Tensor) -> torch.Tensor:
+    """Puts a value in the place of a tensor that was dropped, under all of its names.
+
+    Returns:
+        The new parameter or buffer.
+    """
+    names = {**chain.parameters.names, **chain.buffers.names}[first]
+    owner, attribute = _owner(chain, names[0])
+    placed = _like(getattr(owner, attribute), value)
+    for name in names:
+        owner, attribute = _owner(chain, name)
+        setattr(owner, attribute, placed)
+    return placed
+
+
+def _owner(chain: Chain, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return chain.module.get_submodule(path), attribute
+
+
+def _like(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Returns `value` as what `old` is: a buffer, or a parameter with the same marks on it."""
+    if not isinstance(old, nn.Parameter):
+        return value
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new

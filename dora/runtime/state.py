@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import nn
 
 from dora.partition import Chain
 from dora.runtime import checkpoint
-from dora.runtime.placement import drop_remote, holders
+from dora.runtime.optimizers import Entry
+from dora.runtime.parcel import Parcel, pack
+from dora.runtime.placement import drop_remote, holders, put
 from dora.runtime.priority import WEIGHTS
 from dora.runtime.transport import Transport
 from dora.spec import Plan
@@ -32,25 +34,65 @@ class ModelState:
         self, chain: Chain, plan: Plan, rank: int, transport: Transport, timeout_s: float
     ) -> None:
         self._chain = chain
-        self._plan = plan
         self._rank = rank
         self._transport = transport
         self._timeout_s = timeout_s
         self._keys = chain.state_keys
         self._names = {**chain.parameters.keys, **chain.buffers.keys}
-        self.holders = {
+        whole = {**_named(chain.module.named_parameters), **_named(chain.module.named_buffers)}
+        self._like = {name: torch.empty_like(t, device="meta") for name, t in whole.items()}
+        self._hold(plan, range(len(plan.devices)))
+
+    def move(self, plan: Plan, members: Sequence[int], arrived: Mapping[str, Parcel]) -> None:
+        """Holds what a new plan wants of this rank, and nothing else.
+
+        Args:
+            plan: The new placement.
+            members: Ranks that take part from now on.
+            arrived: Every tensor that was missing here, or that is set back.
+        """
+        for name, parcel in arrived.items():
+            tensor = self.here(name)
+            if tensor is None:
+                device = self._device(name)
+                tensor = put(self._chain, name, parcel.value.detach().to(device))
+            else:
+                with torch.no_grad():
+                    tensor.copy_(parcel.value)
+            grad = parcel.grad
+            tensor.grad = None if grad is None else grad.to(tensor.device, copy=True)
+        self._hold(plan, members)
+
+    def parcels(self, names: Iterable[str], entries: Mapping[str, Entry]) -> dict[str, Parcel]:
+        """Returns tensors of this rank with what the optimizers have of them; copies nothing."""
+        here = {name: self.here(name) for name in names}
+        return {n: pack(t, entries.get(n)) for n, t in here.items() if t is not None}
+
+    def holders_in(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Returns the ranks that hold each tensor under a plan."""
+        chain = self._chain
+        return {
             **holders(chain.parameters.blocks, plan),
             **holders(chain.buffers.blocks, plan),
         }
-        self._like = {**_named(chain.module.named_parameters), **_named(chain.module.named_buffers)}
-        here = {name for name, ranks in self.holders.items() if rank in ranks}
+
+    def _hold(self, plan: Plan, members: Sequence[int]) -> None:
+        chain, self._plan, self._members = self._chain, plan, tuple(members)
+        self.holders = self.holders_in(plan)
+        here = {name for name, ranks in self.holders.items() if self._rank in ranks}
         drop_remote(chain, here)
-        self._like = {name: torch.empty_like(t, device="meta") for name, t in self._like.items()}
         parameters = _named(chain.module.named_parameters)
         buffers = _named(chain.module.named_buffers)
         self.parameters = {n: parameters[n] for n in chain.parameters.names if n in here}
         self.buffers = {n: buffers[n] for n in chain.buffers.names if n in here}
         self._trainable = {n: p.requires_grad for n, p in self.parameters.items()}
+
+    def _device(self, name: str) -> torch.device:
+        """Returns where a tensor that is not here belongs."""
+        names = {**self._chain.parameters.names, **self._chain.buffers.names}[name]
+        path, _, attribute = names[0].rpartition(".")
+        stand_in: torch.Tensor = getattr(self._chain.module.get_submodule(path), attribute)
+        return stand_in.device
 
     def equalise(self) -> None:
         """Gives all holders of a tensor the value that the first of them has."""
@@ -79,12 +121,11 @@ class ModelState:
 
     def gather(self) -> dict[str, torch.Tensor]:
         """Returns the whole state on every rank under the plain module's keys; collective."""
-        everyone = tuple(range(len(self._plan.devices)))
         values = {}
         for name in self._stored():
             values[name] = self._value(name)
             self._transport.broadcast(
-                values[name], self.holders[name][0], everyone, f"state_dict {name}"
+                values[name], self.holders[name][0], self._members, f"state_dict {name}"
             )
         first = self._first_names()
         return {key: values[first[key]] for key in self._keys}
@@ -112,13 +153,13 @@ class ModelState:
         return missing, unexpected
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file per stage on rank 0; collective."""
+        """Writes one safetensors file per stage on the first rank; collective."""
         shards: list[list[str]] = [[] for _ in self._plan.stages]
         for name in self._stored():
             placed = self._plan.placement(self.holders[name][0])
             assert placed is not None
             shards[placed[0]].append(name)
-        checkpoint.write(directory, shards, self._to_rank_0)
+        checkpoint.write(directory, shards, self._to_first)
 
     def read(self, path: str | os.PathLike[str]) -> None:
         """Reads this rank's tensors, and nothing else, from safetensors files."""
@@ -146,15 +187,17 @@ class ModelState:
             return torch.empty_like(self._like[name], device="cpu").contiguous()
         return tensor.detach().cpu().clone().contiguous()
 
-    def _to_rank_0(self, name: str) -> torch.Tensor | None:
-        owner, value = self.holders[name][0], self._value(name)
-        if owner != 0 and self._rank == owner:
-            pending = self._transport.send(value, 0, _FETCH_TAG, f"save {name}", priority=WEIGHTS)
+    def _to_first(self, name: str) -> torch.Tensor | None:
+        first, owner, value = self._members[0], self.holders[name][0], self._value(name)
+        if owner != first and self._rank == owner:
+            pending = self._transport.send(
+                value, first, _FETCH_TAG, f"save {name}", priority=WEIGHTS
+            )
             pending.wait(self._timeout_s)
-        if owner != 0 and self._rank == 0:
+        if owner != first and self._rank == first:
             pending = self._transport.receive(value, owner, _FETCH_TAG, f"save {name}")
             pending.wait(self._timeout_s)
-        return value if self._rank == 0 else None
+        return value if self._rank == first else None
 
 
 def _named(named: Callable[..., Any]) -> dict[str, Any]:
