@@ -16,7 +16,10 @@ profiler/     measures blocks and links
 planner/      which blocks on which devices; what other planners would choose
 scheduler/    what each rank does in which order, and how the network treats every transfer
 simulator/    plays a schedule on a contended network; traces of rates, speeds and churn
-runtime/      DoraParallel: training and inference; the torch.distributed backend "dora"
+kernels/      tensors as int8, int4 or fp8 and back, in torch, C++ and Triton
+runtime/      DoraParallel: training, inference, generation, going on without a device; the
+              torch.distributed backend "dora"
+adapter/      when to go over to which plan, from what was observed; adapt/ joins it with the planner
 _C            in C++, from csrc/: the communication engine, the simulation, the search over chains
 keys.py       where the job's secret comes from
 search.py     profile + plan in one call, for DoraParallel's `plan`
