@@ -262,6 +262,7 @@ def test_killed_rank_is_noticed_by_every_rank():
     assert any("of request" in str(o.error) and "rank 2 failed" in str(o.error) for o in results)
 
 
+@pytest.mark.slow
 def test_silent_rank_runs_into_the_timeout():
     results = outcomes(4, generate_hanging, 1)
     assert all(isinstance(o.error, PeerLostError) for o in results), results
