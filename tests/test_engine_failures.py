@@ -371,6 +371,7 @@ def test_garbage_harms_nobody(harassed, data):
     assert waiting.stats()["peers"][0]["state"] == "connecting"
 
 
+@pytest.mark.slow
 def test_many_silent_strangers_do_not_keep_members_out():
     a, b = (_C.Engine(rank, KEY, host=HOST) for rank in range(2))
     with contextlib.closing(a), contextlib.closing(b), contextlib.ExitStack() as stack:

@@ -95,6 +95,7 @@ def test_killed_rank_is_noticed_by_every_rank(victim):
     assert any(f"with rank {victim} failed" in text for text in told)
 
 
+@pytest.mark.slow
 def test_silent_rank_runs_into_the_timeout():
     results = outcomes(4, run_hanging, 1, timeout_s=20)
     assert isinstance(results[1].error, TimeoutError)  # the test's own limit ended its sleep
