@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from math import inf
+from typing import Any
 
 from dora.spec import Cluster
 
-# An estimate is the largest of samples of 40 ms (csrc/rate.h). A lane that was busy for less than
-# two of them since it was last looked at was limited by what there was to send.
+# An estimate is the largest of samples of 40 ms (csrc/rate.h), and bursts that are shorter show
+# less than a link can do. So a lane counts that was busy for two samples and for a quarter of the
+# time; one that was not holds up little.
 BUSY_S = 0.08
+BUSY_SHARE = 0.25
 # Processes add to a round trip; where the network's own part is not larger, it is not seen.
 LEAST_ROUND_TRIP_S = 1e-3
 
 
-class Gauges(NamedTuple):
-    """Of one rank's links, by rank of the peer; 0 is not known."""
-
-    rates_bytes_per_s: list[float]
-    round_trips_s: list[float]
-    sent_bytes: list[float]
-
-
-def link_gauges(transport: Any, num_ranks: int, before_bytes: Sequence[float]) -> Gauges:
-    """Returns what the engine knows of the links of this rank.
+class LinkGauges:
+    """What the engine knows of the links of this rank.
 
     Args:
-        transport: Of the model; one without an engine knows nothing.
         num_ranks: Of the job.
-        before_bytes: What had been sent to each peer the last time; empty at first.
     """
-    rates, trips, sent = ([0.0] * num_ranks for _ in range(3))
-    communicator = getattr(transport, "communicator", None)
-    peers = communicator.engine.stats()["peers"] if communicator is not None else {}
-    for peer, stats in peers.items():
-        rate, sent[peer] = stats["rate_bytes_per_s"] or 0.0, float(stats["bytes_sent"])
-        more_bytes = sent[peer] - (before_bytes[peer] if before_bytes else 0.0)
-        if rate and more_bytes / rate >= BUSY_S:
-            rates[peer] = rate
-        trips[peer] = stats["rtt_s"] or 0.0
-    return Gauges(rates, trips, sent)
+
+    def __init__(self, num_ranks: int) -> None:
+        self._sent_bytes = [0.0] * num_ranks
+        self._at_s = -inf
+
+    def read(self, transport: Any, at_s: float) -> tuple[list[float], list[float]]:
+        """Returns (bytes per second, seconds of a round trip) by rank of the peer; 0 is unknown.
+
+        Args:
+            transport: Of the model; one without an engine knows nothing.
+            at_s: Now; rates are about what was sent since the last time.
+        """
+        rates, trips = ([0.0] * len(self._sent_bytes) for _ in range(2))
+        communicator = getattr(transport, "communicator", None)
+        peers = communicator.engine.stats()["peers"] if communicator is not None else {}
+        least_s = max(BUSY_S, BUSY_SHARE * (at_s - self._at_s))
+        for peer, stats in peers.items():
+            rate, sent_bytes = stats["rate_bytes_per_s"], float(stats["bytes_sent"])
+            if rate and (sent_bytes - self._sent_bytes[peer]) / rate >= least_s:
+                rates[peer] = rate
+            self._sent_bytes[peer] = sent_bytes
+            trips[peer] = stats["rtt_s"] or 0.0
+        self._at_s = at_s
+        return rates, trips
 
 
 class Paths:

@@ -31,7 +31,7 @@ class Adapter(Protocol):
     """Chooses the plans of a model while it runs; `dora.adapt.adapting` makes one."""
 
     def between_calls(self, model: Any) -> None:
-        """May `confer`, `switch` and `prepare`; called on all ranks before every call but one."""
+        """May `confer`, `switch` and `prepare`; comes before every call but the first."""
 
 
 class AdaptiveModule(SpreadModule):
