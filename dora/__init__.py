@@ -19,7 +19,7 @@ simulator/    plays a schedule on a contended network; traces of rates, speeds a
 kernels/      tensors as int8, int4 or fp8 and back, in torch, C++ and Triton
 runtime/      DoraParallel: training, inference, generation, going on without a device; the
               torch.distributed backend "dora"
-adapter/      when to go over to which plan, from what was observed; adapt/ joins it with the planner
+adapter/      when to go over to which plan, from what was observed; adapt/ joins it with the rest
 _C            in C++, from csrc/: the communication engine, the simulation, the search over chains
 keys.py       where the job's secret comes from
 search.py     profile + plan in one call, for DoraParallel's `plan`
