@@ -125,8 +125,8 @@ def compare_all(rank: int, name: str) -> dict[str, dict[str, float]]:
     return {plan: compare(rank, name, **dict(fields)) for plan, fields in PLANS.items()}
 
 
-# One with dropout, which takes half as long again, and one large decoder are enough for every day.
-SLOW = ("bert_dropout", "gpt2", "gpt2_dropout", "patches_dropout")
+# One with dropout, which takes half as long again, and one of a kind are enough for every day.
+SLOW = ("bert_dropout", "gpt2", "gpt2_dropout", "patches", "patches_dropout")
 
 
 @pytest.mark.timeout(180)
