@@ -140,6 +140,10 @@ def quantize_pack_many(
         device = tensors[0].device if tensors else torch.device("cpu")
         out = torch.zeros(total, dtype=torch.uint8, device=device)
     _check_flat("out", out, total, torch.uint8)
+    for i, x in enumerate(tensors):
+        _check_dtype(names[i] if names else f"tensor {i}", x.dtype)
+        if errors is not None:
+            _check_flat(f"error {i}", errors[i], x.numel(), torch.float32)
     if tensors and _has_triton(tensors[0]):
         from dora.kernels import triton_kernels
 

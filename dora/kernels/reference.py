@@ -51,22 +51,7 @@ def quantize_pack(
     out: torch.Tensor | None = None,
     name: str = "tensor",
 ) -> torch.Tensor:
-    """Returns the wire bytes of `x`, without a prefix.
-
-    Args:
-        x: float32, float16 or bfloat16, of any shape.
-        format: How to encode.
-        seed: Of stochastic rounding.
-        first_index: Index of x's first element in the whole of which it is a piece.
-        error: float32, as many elements as x. Added to x; then set to what encoding has lost.
-        factors: One per channel, from `channel_factors`. Element i of x is of channel
-            (first_index + i) % channels.
-        out: Bytes to write to.
-        name: Of x, for the error message.
-
-    Raises:
-        ValueError: A value is infinite or not a number.
-    """
+    """Defines the bits that `dora.kernels.quantize_pack` returns; it has the arguments."""
     y = x.detach().reshape(-1).float()
     if error is not None:
         y = y + error.reshape(-1)
@@ -91,18 +76,7 @@ def unpack_dequantize(
     factors: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the decoded tensor, plus `add` if given, rounded once to `dtype`.
-
-    Args:
-        wire: Bytes from `quantize_pack`.
-        shape: Of the result.
-        dtype: Of the result: float32, float16 or bfloat16.
-        format: As it was encoded.
-        first_index: As it was encoded; matters for `factors` only.
-        add: Has as many elements as the result; may be `out`.
-        factors: As it was encoded.
-        out: Tensor of that shape and dtype to write to.
-    """
+    """Defines the values that `dora.kernels.unpack_dequantize` returns; it has the arguments."""
     numel = torch.Size(shape).numel()
     values = _decode_groups(wire, numel, format).reshape(-1)[:numel]
     values = _scaled_back(values, factors, first_index)
