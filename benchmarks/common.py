@@ -106,7 +106,7 @@ def write_csv(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
 
 def hardware() -> str:
-    """Returns processor, usable cores and memory."""
+    """Returns processor, usable cores and memory, and the GPU if there is one."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -114,7 +114,9 @@ def hardware() -> str:
         name = models[0].partition(":")[2].strip() if models else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{name}, {cores} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    system = f"{platform.system()} {platform.release()}"
+    return f"{name}, {cores} cores, {memory:.0f} GiB{gpu}, {system}"
 
 
 def versions() -> str:

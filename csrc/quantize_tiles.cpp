@@ -36,9 +36,10 @@ DORA_INLINE std::uint32_t mixed(std::uint32_t h) {
   return h ^ (h >> 16);
 }
 
-DORA_INLINE float uniform(std::uint32_t index, std::uint32_t mixed_seed) {
+// One of 65536 numbers from 1 up to 2: a mantissa of random bits.
+DORA_INLINE float random(std::uint32_t index, std::uint32_t mixed_seed) {
   const std::uint32_t bits = mixed(index * 0x9e3779b9u + mixed_seed) >> 16;
-  return (static_cast<float>(static_cast<std::int32_t>(bits)) + 0.5f) * (1.0f / 65536);
+  return bitCast<float>(0x3f800000u | (bits << 7));
 }
 
 // Of the rounded integer, only as many of the last bits as a code has count.
@@ -73,13 +74,12 @@ DORA_INLINE float fromFp8(std::uint32_t code) {
 
 // ------------------------------------------------------------ groups
 
-// Returns a code in the last bits. Only random numbers reach beyond the largest one: a scale that
-// was rounded to nearest is at most 1 in 512 too small, too little to round up.
+// Returns a code in the last bits, none beyond the largest one: a scale that was rounded to nearest
+// is at most 1 in 512 too small, too little to round up; for random ones see `inverseOf`.
 template <Codes C, bool is_stochastic>
 DORA_INLINE std::uint32_t toInteger(float y, std::uint32_t index, std::uint32_t mixed_seed) {
   if constexpr (is_stochastic) {
-    const std::int32_t q = roundedDown(y + uniform(index, mixed_seed));
-    return static_cast<std::uint32_t>(std::min(std::max(q, -kLargestCode<C>), kLargestCode<C>));
+    return static_cast<std::uint32_t>(roundedDown(y + random(index, mixed_seed)) - 1);
   } else {
     return rounded(y);
   }
@@ -133,6 +133,16 @@ DORA_INLINE std::uint32_t scaleBits(std::int32_t largest) {
   return select(largest < kSmallest, 0, (bits + up) & 0xffff0000u);
 }
 
+// Takes a little off for stochastic codes if the largest value would go beyond the largest code,
+// from where a random number would take it to the next one. Three roundings make at most 3 units.
+template <Codes C, bool is_stochastic>
+DORA_INLINE float inverseOf(std::uint32_t scale, std::int32_t largest) {
+  const float inverse = 1.0f / bitCast<float>(scale);
+  if constexpr (!is_stochastic) return inverse;
+  const bool is_beyond = bitCast<float>(largest) * inverse > static_cast<float>(kLargestCode<C>);
+  return bitCast<float>(bitCast<std::uint32_t>(inverse) - select(is_beyond, 4, 0));
+}
+
 // The magnitudes first, so that the divisions of all groups are done side by side.
 template <Codes C, std::size_t G, bool is_stochastic>
 DORA_INLINE std::int32_t encodeTile(const float* values, std::size_t num_groups, Random random,
@@ -146,7 +156,7 @@ DORA_INLINE std::int32_t encodeTile(const float* values, std::size_t num_groups,
   for (std::size_t g = 0; g < max_groups; ++g) {
     const std::uint32_t bits = scaleBits<C, is_stochastic>(largest[g]);
     stored[g] = static_cast<std::uint16_t>(bits >> 16);
-    inverses[g] = 1.0f / bitCast<float>(bits);
+    inverses[g] = inverseOf<C, is_stochastic>(bits, largest[g]);
   }
   std::memcpy(scales, stored, num_groups * kScaleBytes);
   const std::uint32_t mixed_seed = mixed(random.seed);

@@ -237,7 +237,7 @@ def test_compiled_kernels_contract_nothing_and_move_vectors():
     from dora.kernels import triton_programs as programs
 
     constants = {"KIND": "int4", "GROUP": 64, "TILES": 1, "IN_STEP": False}
-    rounding = {"QMAX": 7.0, "STOCHASTIC": False, "NATIVE_FP8": True}
+    rounding = {"QMAX": 7.0, "STOCHASTIC": False, "NATIVE": True}
     table = {"X_TYPE": tl.float32, "HAS_ERROR": True, "IS_ALIGNED": True}
     bytes_and_flag = {"wire": "*u8", "out": "*u8", "flag": "*i32", "flags": "*i32"}
     many = {"wires": ("*u8",) * 3, "weights": ("fp32",) * 3, "table": "*i64", "tensor_of": "*i32"}

@@ -130,14 +130,17 @@ def encode_groups(
     is_zero = amax < _SMALLEST
     scales = torch.where(is_zero, torch.zeros_like(scales), scales)
     scale = scales.float().unsqueeze(1)
-    y = torch.where(is_zero.unsqueeze(1), torch.zeros_like(groups), groups * (1 / scale))
+    inverse = 1 / scale
     if format.stochastic:
-        y = torch.floor(y + _uniform(y, seed, first_index))
+        inverse = _kept_within(inverse, amax.view(torch.float32).unsqueeze(1), format)
+    y = torch.where(is_zero.unsqueeze(1), torch.zeros_like(groups), groups * inverse)
+    if format.stochastic:
+        y = torch.floor(y + _random(y, seed, first_index)) - 1
     if format.name == "fp8":
         q = y.clamp(-448, 448).to(torch.float8_e4m3fn)
         codes, integers = q.view(torch.uint8), q.float()
     else:
-        q = torch.round(y).clamp(-format.qmax, format.qmax).to(torch.int8)
+        q = torch.round(y).to(torch.int8)
         codes, integers = _packed(q, format), q.float()
     return Encoded(scales, codes, integers * scale, (amax < _INFINITY).all())
 
@@ -185,14 +188,24 @@ def _rounded_up(x: torch.Tensor) -> torch.Tensor:
     return upper.view(torch.float32).to(torch.bfloat16)
 
 
-def _uniform(like: torch.Tensor, seed: int, first_index: int) -> torch.Tensor:
-    """Returns one of 65536 numbers between 0 and 1 per element."""
+def _kept_within(inverse: torch.Tensor, amax: torch.Tensor, format: Format) -> torch.Tensor:
+    """Returns inverses of scales with which no value goes beyond the largest code.
+
+    From there a random number could take it to the next code. Three roundings, of the scale before
+    it is rounded up, of its inverse and of the product, make at most 3 units in the last place.
+    """
+    less = (inverse.view(torch.int32) - 4).view(torch.float32)
+    return torch.where(amax * inverse > format.qmax, less, inverse)
+
+
+def _random(like: torch.Tensor, seed: int, first_index: int) -> torch.Tensor:
+    """Returns one of 65536 numbers from 1 up to 2 per element: a mantissa of random bits."""
     index = torch.arange(like.numel(), device=like.device) + first_index
     mixed = (index * 0x9E3779B9 + _mixed_seed(seed)) & _MASK32
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & _MASK32
     bits = (mixed ^ (mixed >> 16)) >> 16
-    return ((bits.float() + 0.5) / 65536).view_as(like)
+    return (1 + bits.float() / 65536).view_as(like)
 
 
 def _mixed_seed(seed: int) -> int:

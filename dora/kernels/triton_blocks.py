@@ -26,6 +26,7 @@ _MAGIC = tl.constexpr(12582912.0)
 _ABS_MASK = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
 _SMALLEST = tl.constexpr(27 << 23)  # 2^-100
+_GOLDEN = tl.constexpr(0x9E3779B9)
 
 # ------------------------------------------------------------ values
 
@@ -43,13 +44,23 @@ def _mixed(h):
 
 
 @triton.jit
-def _uniform(index, seed):
-    """Returns one of 65536 numbers between 0 and 1 per index."""
-    key = _mixed(seed.to(tl.uint32))
-    random = _mixed(index.to(tl.uint32) * 0x9E3779B9 + key)
-    # The upper 16 bits become the first bits of a mantissa: 1 + n / 65536, which takes no cast.
-    above_one = (((random >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
-    return above_one - (1.0 - 0.5 / 65536)
+def _spread(index, seed, groups, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Returns what `_random` turns into random numbers, of the first `WIDTH` of each group.
+
+    That is index * _GOLDEN + _mixed(seed), in parts, since most of it is the same for a group.
+    """
+    rows = (index + (groups * GROUP).to(tl.uint32)) * _GOLDEN + _mixed(seed.to(tl.uint32))
+    return rows[:, None] + (tl.arange(0, WIDTH).to(tl.uint32) * _GOLDEN)[None, :]
+
+
+@triton.jit
+def _random(h):
+    """Returns one of 65536 numbers from 1 up to 2 per count."""
+    # The upper 16 bits of `_mixed`, which its last step leaves alone, become the first bits of a
+    # mantissa, which takes no cast.
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return (((h >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -60,20 +71,29 @@ def _scales(amax, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr):
     scale = ((bits + up) & -65536).to(tl.float32, bitcast=True)
     is_zero = amax < _SMALLEST
     inverse = tl.div_rn(1.0, tl.where(is_zero, 1.0, scale))
+    if STOCHASTIC:
+        is_beyond = amax.to(tl.float32, bitcast=True) * inverse > QMAX
+        inverse = (_bits(inverse) - tl.where(is_beyond, 4, 0)).to(tl.float32, bitcast=True)
     return tl.where(is_zero, 0.0, scale), tl.where(is_zero, 0.0, inverse)
 
 
 @triton.jit
-def _rounded(y, index, seed, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _rounded(y, counts, STOCHASTIC: tl.constexpr, NATIVE: tl.constexpr):
     """Returns `_MAGIC` plus the code.
 
-    Only random numbers reach beyond the last code: a scale rounded to nearest is at most 1 in 512
-    too small, which rounding to integers takes back.
+    None is beyond the last one: a scale rounded to nearest is at most 1 in 512 too small, which
+    rounding to integers takes back.
     """
     if STOCHASTIC:
-        y = tl.floor(y + _uniform(index, seed))
-        y = tl.minimum(tl.maximum(y, -QMAX), QMAX)
-    return y + _MAGIC
+        y += _random(counts)
+        if NATIVE:
+            asm: tl.constexpr = "add.rm.f32 $0, $1, 0f4B3FFFFF;"  # _MAGIC - 1; the sum rounded down
+            shifted = tl.inline_asm_elementwise(asm, "=f,f", [y], tl.float32, is_pure=True, pack=1)
+        else:
+            shifted = tl.floor(y) + (_MAGIC - 1.0)
+    else:
+        shifted = y + _MAGIC
+    return shifted
 
 
 @triton.jit
@@ -234,9 +254,9 @@ def decode(
 
 @triton.jit
 def encode(
-    wire, flag, low, high, at, index, seed, groups, num_groups,
+    wire, flag, low, high, index, seed, groups, num_groups,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, FULL: tl.constexpr, VECTOR: tl.constexpr,
+    NATIVE: tl.constexpr, FULL: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes groups and returns their values as they will be decoded.
 
@@ -245,7 +265,6 @@ def encode(
         flag: Is set to 1 if a value is not finite.
         low: Values, float32, 0 where there is no element; for int4 the first half of each group.
         high: Used for int4 only: the second half.
-        at: Elements of `low`.
         index: Of element 0 in the whole tensor, for random numbers.
         seed: Of random numbers.
         groups: As from `block`.
@@ -254,7 +273,7 @@ def encode(
         GROUP: Elements of a group.
         QMAX: Largest code.
         STOCHASTIC: How to round.
-        NATIVE_FP8: The GPU converts to fp8.
+        NATIVE: The GPU converts to fp8, and adds rounding down.
         FULL: The tensor has all groups of the program.
         VECTOR: As for `_places`.
     """
@@ -267,14 +286,18 @@ def encode(
     inverse = inverse[:, None]
     if KIND == "fp8":
         # Not the product, which would keep the sign of what counts as zero.
-        codes = _to_fp8(tl.where(inverse > 0, low * inverse, 0.0), NATIVE_FP8)
+        codes = _to_fp8(tl.where(inverse > 0, low * inverse, 0.0), NATIVE)
         low = _from_fp8(codes)
     else:
-        shifted = _rounded(low * inverse, index + at, seed, QMAX, STOCHASTIC)
+        width: tl.constexpr = GROUP // 2 if KIND == "int4" else GROUP
+        counts = _spread(index, seed, groups, GROUP, width) if STOCHASTIC else 0
+        shifted = _rounded(low * inverse, counts, STOCHASTIC, NATIVE)
         codes = _bits(shifted)
         low = shifted - _MAGIC
     if KIND == "int4":
-        shifted = _rounded(high * inverse, index + at + GROUP // 2, seed, QMAX, STOCHASTIC)
+        if STOCHASTIC:
+            counts += GROUP // 2 * _GOLDEN & 0xFFFFFFFF
+        shifted = _rounded(high * inverse, counts, STOCHASTIC, NATIVE)
         codes = (codes & 15) | (_bits(shifted) << 4)
         high = shifted - _MAGIC
     scale_at, code_at = _places(groups, num_groups, KIND, GROUP, FULL, VECTOR)

@@ -31,7 +31,7 @@ _TILE = tl.constexpr(TILE)
 def _quantize_tiles(
     x, wire, flag, error, factors, inverses, numel, num_channels, first_index, seed, first_tile,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, TILES: tl.constexpr, IN_STEP: tl.constexpr, FULL: tl.constexpr,
+    NATIVE: tl.constexpr, TILES: tl.constexpr, IN_STEP: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     vector: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # 16 bytes
     start = first_tile * _TILE
@@ -52,9 +52,9 @@ def _quantize_tiles(
             GROUP, IN_STEP, FULL,
         )  # fmt: skip
     low, high = encode(
-        wire + first_tile * tile_bytes(KIND, GROUP), flag, low, high, at,
+        wire + first_tile * tile_bytes(KIND, GROUP), flag, low, high,
         (first_index + start).to(tl.uint32), seed, groups, tl.cdiv(left, GROUP),
-        KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, FULL, vector,
+        KIND, GROUP, QMAX, STOCHASTIC, NATIVE, FULL, vector,
     )  # fmt: skip
     if error is not None:
         low = multiplied(low, factors, groups, at, channel, num_channels, GROUP, IN_STEP)
@@ -69,19 +69,19 @@ def _quantize_tiles(
 def quantize(
     x, wire, flag, error, factors, inverses, numel, num_channels, first_index, seed,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, IN_STEP: tl.constexpr, TILES: tl.constexpr,
+    NATIVE: tl.constexpr, IN_STEP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Encodes one tensor."""
     first_tile = tl.program_id(0).to(tl.int64) * TILES
     if (first_tile + TILES) * _TILE <= numel:
         _quantize_tiles(
             x, wire, flag, error, factors, inverses, numel, num_channels, first_index, seed,
-            first_tile, KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, IN_STEP, True,
+            first_tile, KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, IN_STEP, True,
         )  # fmt: skip
     else:
         _quantize_tiles(
             x, wire, flag, error, factors, inverses, numel, num_channels, first_index, seed,
-            first_tile, KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, IN_STEP, False,
+            first_tile, KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, IN_STEP, False,
         )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def quantize(
 def quantize_many(
     table, tensor_of, wire, flags, seed, X_TYPE: tl.constexpr, HAS_ERROR: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, IS_ALIGNED: tl.constexpr, TILES: tl.constexpr,
+    NATIVE: tl.constexpr, IS_ALIGNED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Encodes the tensor of each program; rows of `table` are as `_table` makes them."""
     tensor = tl.load(tensor_of + tl.program_id(0))
@@ -109,12 +109,12 @@ def quantize_many(
     if (first_tile + TILES) * _TILE <= numel:
         _quantize_tiles(
             x, part, flags + tensor, error, None, None, numel, 1, first_index, seed, first_tile,
-            KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, False, True,
+            KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, False, True,
         )  # fmt: skip
     else:
         _quantize_tiles(
             x, part, flags + tensor, error, None, None, numel, 1, first_index, seed, first_tile,
-            KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, False, False,
+            KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, False, False,
         )  # fmt: skip
     if (first_tile + TILES) * _TILE >= numel:
         # The gap before the next part: nobody wants to send what was in this memory before.
@@ -173,7 +173,7 @@ def dequantize(
 def _reduce_tiles(
     wires, weights, out, flag, numel, seed, first_tile,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
+    NATIVE: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     start = first_tile * _TILE
     left = tl.minimum(numel - start, TILES * _TILE).to(tl.int32)
@@ -191,8 +191,8 @@ def _reduce_tiles(
         low = tl.where(at < left, low, 0.0)
         high = tl.where(at + GROUP // 2 < left, high, 0.0) if KIND == "int4" else low
     encode(
-        out + offset, flag, low, high, at, start.to(tl.uint32), seed, groups, num_groups,
-        KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, FULL, 16,
+        out + offset, flag, low, high, start.to(tl.uint32), seed, groups, num_groups,
+        KIND, GROUP, QMAX, STOCHASTIC, NATIVE, FULL, 16,
     )  # fmt: skip
 
 
@@ -200,17 +200,17 @@ def _reduce_tiles(
 def reduce(
     wires, weights, out, flag, numel, seed,
     KIND: tl.constexpr, GROUP: tl.constexpr, QMAX: tl.constexpr, STOCHASTIC: tl.constexpr,
-    NATIVE_FP8: tl.constexpr, TILES: tl.constexpr,
+    NATIVE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Decodes one tensor from each of `wires`, and encodes their weighted sum."""
     first_tile = tl.program_id(0).to(tl.int64) * TILES
     if (first_tile + TILES) * _TILE <= numel:
         _reduce_tiles(
             wires, weights, out, flag, numel, seed, first_tile,
-            KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, True,
+            KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, True,
         )  # fmt: skip
     else:
         _reduce_tiles(
             wires, weights, out, flag, numel, seed, first_tile,
-            KIND, GROUP, QMAX, STOCHASTIC, NATIVE_FP8, TILES, False,
+            KIND, GROUP, QMAX, STOCHASTIC, NATIVE, TILES, False,
         )  # fmt: skip
