@@ -1,8 +1,9 @@
 """Speed of the compression kernels against copies, torch eager and `torch.compile`.
 
 A rate counts the float32 bytes that go in or come out, so that it says how long a tensor takes
-whatever its codec. `compress_cpu.py` says how it is measured, `compress_gpu.py` the same on a GPU;
-without --quick, `compress_training.py` trains with codecs, which takes most of an hour.
+whatever its codec. `compress_cpu.py` says how it is measured, `compress_gpu.py` the same on a GPU.
+Without --quick, `compress_testbed.py` runs whole steps with codecs on a testbed, 5 minutes, and
+`compress_training.py` trains with them, which takes most of an hour.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from common import finish, write_csv
 from compress_cpu import measure
 from compress_gpu import gpu_rows
+from compress_testbed import testbed
 from compress_training import training
 
 
@@ -24,7 +26,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="FILE.csv", help="write one row per measured quantity")
     options = parser.parse_args()
     rows, metrics = measure(is_quick=options.quick)
-    for more_rows, more_metrics in [gpu_rows(), *([] if options.quick else [training()])]:
+    long = [] if options.quick else [testbed(is_quick=False), training()]
+    for more_rows, more_metrics in [gpu_rows(), *long]:
         rows, metrics = [*rows, *more_rows], {**metrics, **more_metrics}
     if options.out:
         write_csv(options.out, rows)

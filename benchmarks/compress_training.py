@@ -178,11 +178,11 @@ def _train(task: Task, contender: Contender, seed: int, steps: int) -> Outcome:
             optimizer.step()
     step_s = (time.perf_counter() - start_s) / (steps - steps // 2)
     state = model.state_dict()
-    guard = model._executor.training
+    report = model.codec_report.training
     return Outcome(
         held_out_loss=_held_out(task, seed, state),
-        codecs=str(guard.codecs),
-        refused=tuple((str(codecs), loss) for codecs, loss in guard.refused),
+        codecs=str(report.codecs),
+        refused=tuple((str(codecs), loss) for codecs, loss in report.refused),
         step_s=step_s,
     )
 

@@ -33,13 +33,17 @@ const char* wordOf(FrameType type) {
 
 void* at(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-Priority priorityOf(int traffic_class, double deadline) {
+Priority priorityOf(int traffic_class, double deadline, std::uint64_t unit_bytes = 1) {
+  if (unit_bytes == 0 || unit_bytes > kMaxUnitBytes) {
+    throw std::invalid_argument("unit_bytes: given " + std::to_string(unit_bytes) +
+                                ", allowed: 1 to " + std::to_string(kMaxUnitBytes));
+  }
   if (traffic_class < 0 || traffic_class >= kNumClasses || !(deadline == deadline)) {
     throw std::invalid_argument("priority: given class " + std::to_string(traffic_class) +
                                 ", deadline " + std::to_string(deadline) +
                                 ", allowed: class 0 to 4 and a number");
   }
-  return {static_cast<std::uint8_t>(traffic_class), deadline};
+  return {static_cast<std::uint8_t>(traffic_class), deadline, unit_bytes};
 }
 
 MessageKey keyOf(std::uint32_t group, std::int32_t tag) {
@@ -199,13 +203,14 @@ void bindMessages(py::class_<PyEngine>& engine) {
           "send",
           [](PyEngine& self, std::uintptr_t address, std::uint64_t num_bytes, std::uint32_t dst,
              std::uint32_t group, std::int32_t tag, int traffic_class, double deadline,
-             double timeout_s) {
+             std::uint64_t unit_bytes, double timeout_s) {
             return self.engine->send(at(address), num_bytes, dst, keyOf(group, tag),
-                                     priorityOf(traffic_class, deadline), timeout_s);
+                                     priorityOf(traffic_class, deadline, unit_bytes), timeout_s);
           },
           py::arg("address"), py::arg("num_bytes"), py::arg("dst"), py::kw_only(),
           py::arg("group") = 0, py::arg("tag") = 0, py::arg("traffic_class") = 2,
-          py::arg("deadline") = 0.0, py::arg("timeout_s") = 60.0, Unlocked())
+          py::arg("deadline") = 0.0, py::arg("unit_bytes") = 1, py::arg("timeout_s") = 60.0,
+          Unlocked())
       .def(
           "receive",
           [](PyEngine& self, std::uintptr_t address, std::uint64_t num_bytes, std::int32_t src,

@@ -46,11 +46,12 @@ void bindSendQueue(py::module_& m) {
       .def(
           "post",
           [](SendQueue& queue, std::uint64_t id, std::uint64_t num_bytes,
-             std::uint8_t traffic_class, double deadline, double now_s, bool is_ready) {
-            queue.post(id, num_bytes, {traffic_class, deadline}, now_s, is_ready);
+             std::uint8_t traffic_class, double deadline, double now_s, bool is_ready,
+             std::uint64_t unit_bytes) {
+            queue.post(id, num_bytes, {traffic_class, deadline, unit_bytes}, now_s, is_ready);
           },
           py::arg("id"), py::arg("num_bytes"), py::arg("traffic_class"), py::arg("deadline"),
-          py::arg("now_s"), py::arg("is_ready") = true)
+          py::arg("now_s"), py::arg("is_ready") = true, py::arg("unit_bytes") = 1)
       .def("set_ready", &SendQueue::setReady, py::arg("id"))
       .def(
           "reprioritise",

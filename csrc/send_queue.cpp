@@ -16,6 +16,10 @@ void check(Priority priority) {
   if (std::isnan(priority.deadline)) {
     throw std::invalid_argument("deadline is NaN; use any comparable number, 0 for none");
   }
+  if (priority.unit_bytes == 0 || priority.unit_bytes > kMaxUnitBytes) {
+    throw std::invalid_argument("unit_bytes is " + std::to_string(priority.unit_bytes) +
+                                "; use 1 to " + std::to_string(kMaxUnitBytes));
+  }
 }
 
 bool canAge(std::uint8_t traffic_class) { return traffic_class > kActivation; }
@@ -36,6 +40,7 @@ void SendQueue::post(std::uint64_t id, std::uint64_t num_bytes, Priority priorit
   Message message{};
   message.key = {priority.traffic_class, priority.deadline, posts_};
   message.num_bytes = num_bytes;
+  message.unit_bytes = priority.unit_bytes;
   message.posted_s = message.aged_s = now_s;
   message.posted_class = priority.traffic_class;
   message.is_ready = is_ready;
@@ -82,7 +87,9 @@ std::optional<SendQueue::Chunk> SendQueue::next(double now_s, std::uint64_t chun
   auto entry = messages_.find(id);
   Message& message = entry->second;
   noteService(id, message, now_s);
-  const std::uint64_t num_bytes = std::min(chunk_bytes, message.num_bytes - message.offset);
+  const std::uint64_t whole = chunk_bytes - chunk_bytes % message.unit_bytes;
+  const std::uint64_t num_bytes =
+      std::min(std::max(whole, message.unit_bytes), message.num_bytes - message.offset);
   const Chunk chunk{id, message.offset, num_bytes, message.offset + num_bytes == message.num_bytes};
   message.offset += num_bytes;
   queued_bytes_ -= num_bytes;

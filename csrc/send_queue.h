@@ -16,6 +16,7 @@
 namespace dora {
 
 constexpr std::uint8_t kNumClasses = 5;
+constexpr std::uint64_t kMaxUnitBytes = 16 * 1024;  // the smallest chunk of a link holds one
 
 enum TrafficClass : std::uint8_t {
   kControl = 0,     // the engine's own messages
@@ -30,6 +31,8 @@ enum TrafficClass : std::uint8_t {
 struct Priority {
   std::uint8_t traffic_class = kActivation;
   double deadline = 0;
+  // Chunks end at multiples of it, so that whole units arrive; it stays as it was posted.
+  std::uint64_t unit_bytes = 1;
 };
 
 struct QueueStats {
@@ -61,8 +64,8 @@ class SendQueue {
   // Throws std::invalid_argument unless aging_s > 0; infinity switches ageing off.
   SendQueue(double aging_s, std::uint64_t credit_bytes);
 
-  // `id` must be new. Throws std::invalid_argument for a known id, a class >= kNumClasses or a
-  // NaN deadline.
+  // `id` must be new. Throws std::invalid_argument for a known id, a class >= kNumClasses, a NaN
+  // deadline or units of none or too many bytes.
   void post(std::uint64_t id, std::uint64_t num_bytes, Priority priority, double now_s,
             bool is_ready = true);
   bool setReady(std::uint64_t id);                      // false: unknown id
@@ -72,8 +75,9 @@ class SendQueue {
   // a message. False: unknown id. Throws like `post`.
   bool reprioritise(std::uint64_t id, Priority priority);
 
-  // Takes the next chunk of at most `chunk_bytes` off the queue; none if nothing is ready or the
-  // head lacks credit (outstanding >= credit). The message disappears with its last chunk.
+  // Takes the next chunk of at most `chunk_bytes`, or of one unit, off the queue; none if nothing
+  // is ready or the head lacks credit (outstanding >= credit). The message disappears with its last
+  // chunk.
   // Throws std::invalid_argument for chunk_bytes 0.
   std::optional<Chunk> next(double now_s, std::uint64_t chunk_bytes);
 
@@ -93,6 +97,7 @@ class SendQueue {
   struct Message {
     Key key;
     std::uint64_t num_bytes;
+    std::uint64_t unit_bytes;
     std::uint64_t offset = 0;
     double posted_s;
     double aged_s;  // when it was posted or last moved up

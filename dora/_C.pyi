@@ -115,9 +115,13 @@ class Engine:
         tag: int = 0,
         traffic_class: int = 2,
         deadline: float = 0.0,
+        unit_bytes: int = 1,
         timeout_s: float = 60.0,
     ) -> Operation:
-        """Starts a send; done when the memory may change again."""
+        """Starts a send; done when the memory may change again.
+
+        What leaves at once ends at a multiple of `unit_bytes`, at most 16 KiB.
+        """
     def receive(
         self,
         address: int,
@@ -268,6 +272,7 @@ class SendQueue:
         deadline: float,
         now_s: float,
         is_ready: bool = True,
+        unit_bytes: int = 1,
     ) -> None: ...
     def set_ready(self, id: int) -> bool: ...
     def reprioritise(self, id: int, traffic_class: int, deadline: float) -> bool: ...
@@ -387,6 +392,12 @@ class Network:
     def __init__(self, num_devices: int) -> None: ...
     def add_medium(self, rate_bytes_per_s: float, efficiency: Sequence[float]) -> int: ...
     def connect(self, src: int, dst: int, media: Sequence[int], latency_s: float) -> None: ...
+    def set_rest(self, device: int, saved_s: float, sprint: float) -> None:
+        """Says how far a device that has waited gets ahead, at `sprint` times its speed.
+
+        Raises:
+            ValueError: Less than nothing is saved, or the device would be slower.
+        """
 
 class Program:
     """What every rank does in order, and the transfers between them.

@@ -30,28 +30,31 @@ _STATUS = {"ok": "green", "missing": "yellow", "broken": "red"}
 def describe(plan: Plan) -> str:
     """Returns for example 'phone[0-3] | laptop+hub[4-11] x8'.
 
-    With shares where uneven, power modes where not the default, and codecs in place of the bar:
-    'phone@15w[0-3] |int8/none| laptop(60%)+hub(40%)[4-11] x8', forward before backward.
+    With shares where uneven, power modes where not the default, codecs in place of the bar, forward
+    before backward, and the codec of a stage's sums of gradients behind it:
+    'phone@15w[0-3] |int8/none| laptop(60%)+hub(40%)[4-11] sum int8 x8'.
     """
-    text = _describe_stage(plan.stages[0])
+    text = _describe_stage(plan, plan.stages[0])
     for s, stage in enumerate(plan.stages[1:]):
         codec = plan.codecs[s] if plan.codecs else None
         names = [codec.forward, codec.backward] if codec else []
         if plan.schedule_kind == "wavefront":
             names = names[:1]
         bar = f"|{'/'.join(dict.fromkeys(names))}|" if set(names) - {"none"} else "|"
-        text += f" {bar} {_describe_stage(stage)}"
+        text += f" {bar} {_describe_stage(plan, stage)}"
     return f"{text} x{plan.num_microbatches}"
 
 
-def _describe_stage(stage: Stage) -> str:
+def _describe_stage(plan: Plan, stage: Stage) -> str:
     is_even = len({round(replica.share, 6) for replica in stage.replicas}) == 1
 
     def name(replica: Replica) -> str:
         mode = f"@{replica.power_mode}" * (replica.power_mode != "default")
         return f"{replica.device}{mode}" + ("" if is_even else f"({replica.share:.0%})")
 
-    return f"{'+'.join(map(name, stage.replicas))}[{stage.first_block}-{stage.last_block}]"
+    text = f"{'+'.join(map(name, stage.replicas))}[{stage.first_block}-{stage.last_block}]"
+    codec = plan.sum_codec(stage.index)
+    return text if codec == "none" else f"{text} sum {codec}"
 
 
 def seconds(value: float) -> str:
@@ -95,7 +98,7 @@ def plan_table(plans: Sequence[Plan], single: Plan | None, what: str) -> Table:
         )
     table.caption = (
         "device@power mode(share)[first block-last block], + replica, | next stage, |codec|, "
-        "x micro-batches"
+        "sum codec of its gradients, x micro-batches"
     )
     return table
 
@@ -113,6 +116,9 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"Leaves out {', '.join(unused)}.")
     if plan.transfers:
         lines.append(f"Orders {len(plan.transfers)} transfers on the network.")
+    if plan.max_accuracy_loss is not None:
+        limit = f"{plan.max_accuracy_loss:.3g}"
+        lines.append(f"Codecs stay on while they lose at most {limit} of accuracy, as measured.")
     return lines
 
 

@@ -17,7 +17,7 @@ from dora.errors import SpecError
 from dora.files import save
 from dora.report import gantt_figure, pareto_figure
 from dora.spec import BoundaryCodec, Cost, Plan, Replica, Span, Stage, Timeline
-from dora.views import describe
+from dora.views import describe, plan_lines
 
 HOME = catalog.scenario("smart-home-1")
 CELL = next(c for c in HOME.cells if c.model == "vit-base" and c.workload.kind == "train")
@@ -213,6 +213,12 @@ def test_description_names_modes_codecs_and_uneven_shares():
     forward = plan.model_copy(update={"schedule_kind": "wavefront"})
     assert " |int8| " in describe(forward)
     assert describe(pipeline(codecs=(BoundaryCodec(),))) == "laptop[0-6] | mini-pc[7-13] x8"
+    sums = {"gradient_codecs": ("int8", "int4"), "max_accuracy_loss": 0.03}
+    summed = plan.model_copy(update=sums)
+    assert describe(summed).endswith(" phone-a(25%)+mini-pc(75%)[7-13] sum int4 x8")
+    assert "int8" not in describe(summed.model_copy(update={"codecs": ()})), "one device sums none"
+    assert describe(forward.model_copy(update=sums)) == describe(forward)
+    assert any("0.03" in line for line in plan_lines(summed))
 
 
 def test_figures_need_the_extra(monkeypatch, capsys):

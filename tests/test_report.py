@@ -227,6 +227,21 @@ def test_page_draws_both_timelines_with_every_span(run):
     assert html.index("Predicted: ") < html.index("Measured: ", html.index("Predicted: "))
 
 
+def test_plan_shows_its_codecs():
+    names, groups = ["tablet", "laptop", "desktop"], [["tablet", "laptop"], ["desktop"]]
+    plan = plan_of(names, groups)
+    codecs = {
+        "codecs": [{"forward": "int4", "backward": "int8"}],
+        "gradient_codecs": ["fp8", "none"],
+        "max_accuracy_loss": 0.03,
+    }
+    coded = Plan.model_validate({**plan.model_dump(), **codecs})
+    plain, shown = (text_of(run_of(names, groups, plan=p)) for p in (plan, coded))
+    for text in ("int4 / int8", "gradients summed as fp8", "at most 0.03 of accuracy"):
+        assert text in shown
+        assert text not in plain
+
+
 def test_names_are_escaped():
     names = ["<script>alert(1)</script>", 'a"b', "c&d", "e'f>", "</title></svg>"]
     hostile = run_of(

@@ -18,9 +18,9 @@ class Oracle:
         self.aging_s, self.credit, self.outstanding = aging_s, credit_bytes, 0
         self.messages, self.posts, self.current, self.preemptions = {}, count(), None, 0
 
-    def post(self, id, size, traffic_class, deadline, now_s, is_ready):
+    def post(self, id, size, traffic_class, deadline, now_s, is_ready, unit):
         self.messages[id] = dict(cls=traffic_class, deadline=deadline, post=next(self.posts))
-        self.messages[id] |= dict(size=size, offset=0, aged_s=now_s, ready=is_ready)
+        self.messages[id] |= dict(size=size, offset=0, aged_s=now_s, ready=is_ready, unit=unit)
 
     def next(self, now_s, chunk_bytes):
         for m in self.messages.values():
@@ -33,7 +33,8 @@ class Oracle:
         id = min(ready)[-1]
         m = self.messages[id]
         self.preemptions += self.current in self.messages and self.current != id
-        offset, size = m["offset"], min(chunk_bytes, m["size"] - m["offset"])
+        whole = max(chunk_bytes // m["unit"], 1) * m["unit"]
+        offset, size = m["offset"], min(whole, m["size"] - m["offset"])
         m["offset"] += size
         self.current, self.outstanding = id, self.outstanding + size
         is_last = m["offset"] == m["size"]
@@ -49,9 +50,9 @@ def step(queue, oracle, random, id, now_s):
     match random.choice(["post", "post", "next", "next", "next", "ready", "move", "cancel", "ack"]):
         case "post":
             args = (id, random.choice([0, 1, CHUNK - 1, CHUNK, 30]), *priority, now_s)
-            is_ready = random.random() < 0.7
-            queue.post(*args, is_ready)
-            oracle.post(*args, is_ready)
+            is_ready, unit = random.random() < 0.7, random.choice([1, 3, CHUNK + 2])
+            queue.post(*args, is_ready, unit)
+            oracle.post(*args, is_ready, unit)
         case "next":
             assert queue.next(now_s, CHUNK) == oracle.next(now_s, CHUNK)
         case "ready":
@@ -92,6 +93,22 @@ def test_order_is_class_then_deadline_then_post_order(priorities):
         queue.post(id, 1, *priority, 0.0)
     expected = sorted(range(len(priorities)), key=lambda id: (*priorities[id], id))
     assert [id for id, *_ in drain(queue)] == expected
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 300))
+def test_chunks_end_at_whole_units(chunk, unit, num_bytes):
+    queue = SendQueue(1.0, UNLIMITED)
+    queue.post(7, num_bytes, 2, 0.0, 0.0, unit_bytes=unit)
+    *others, last = drain(queue, chunk_bytes=chunk)
+    assert all((offset + size) % unit == 0 for _, offset, size, _ in others)
+    assert all(size == max(chunk - chunk % unit, unit) for *_, size, _ in others)
+    assert last[1] + last[2] == num_bytes
+
+
+@pytest.mark.parametrize("unit_bytes", [0, 16 * 1024 + 1])
+def test_units_must_fit_a_chunk(unit_bytes):
+    with pytest.raises(ValueError, match="unit_bytes is"):
+        SendQueue(1.0, UNLIMITED).post(7, 1, 2, 0.0, 0.0, unit_bytes=unit_bytes)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK + 3])

@@ -53,11 +53,13 @@ def _stage(plan: Plan, stage: Stage) -> Markup:
     blocks = f"{count} of {plan.num_blocks} blocks: {stage.first_block}-{stage.last_block}"
     if count == 1:
         blocks = f"1 of {plan.num_blocks} blocks: {stage.first_block}"
+    codec = plan.sum_codec(stage.index)
     return tag(
         "div",
         tag("p", badge(stage.index)),
         tag("p", blocks),
         tag("ul", (tag("li", _replica(plan, stage, i)) for i in range(len(stage.replicas)))),
+        "" if codec == "none" else tag("p", f"gradients summed as {codec}"),
         # Wide enough for its text, and wider with more blocks.
         class_=f"box stage s{stage.index % 6}",
         style=f"flex-grow:{count}",
@@ -100,6 +102,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "warm-up", f"{windows} micro-batches in flight, from the first stage to the last"
     if plan.transfers:
         yield "network", f"{_counted(len(plan.transfers), 'transfer', 's')} in the planned order"
+    if plan.max_accuracy_loss is not None:
+        yield "codecs", f"stay on while they lose at most {plan.max_accuracy_loss:.3g} of accuracy"
     used = {replica.device for stage in plan.stages for replica in stage.replicas}
     if run.workload.source is not None:
         yield "inputs", f"come from {run.workload.source}"

@@ -164,7 +164,16 @@ class Link:
             if self._error is not None:
                 return message.pending.finish(self._error)
             number = next(self._numbers)
-            self._queue.post(number, message.data.numel(), *priority, time.monotonic(), False)
+            traffic_class, deadline, unit_bytes = priority
+            self._queue.post(
+                number,
+                message.data.numel(),
+                traffic_class,
+                deadline,
+                time.monotonic(),
+                is_ready=False,
+                unit_bytes=unit_bytes,
+            )
             self._sends[number] = message
             self._ungranted[message.key] = number
             if message.key in self._grants:

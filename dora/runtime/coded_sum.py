@@ -21,6 +21,7 @@ from dora.kernels import (
     Format,
     dequantize_reduce_requantize,
     quantize_pack,
+    tile_bytes,
     unpack_dequantize,
     wire_bytes,
 )
@@ -62,7 +63,8 @@ class CodedSum:
     ) -> None:
         self._transport, self._ranks, self._own = transport, ranks, ranks.index(rank)
         self._vector, self._flags = vector, flags
-        self._format, self._seed, self._tag, self._priority = format, seed, tag, priority
+        self._format, self._seed, self._tag = format, seed, tag
+        self._priority = priority._replace(unit_bytes=tile_bytes(format))
         self._spans = _shares(vector.numel(), len(ranks))
         sizes = [wire_bytes(end - first, format) for first, end in self._spans]
         size = sizes[self._own] + flags.numel()

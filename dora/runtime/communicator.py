@@ -17,13 +17,13 @@ from dora.errors import PeerLostError
 from dora.keys import load_key
 from dora.runtime.buckets import emulated_network
 from dora.runtime.completions import Completions
+from dora.runtime.meeting import Place, meet
 from dora.runtime.pending import Pending
 from dora.runtime.priority import ACTIVATION, GRADIENT, Priority, checked
-from dora.runtime.rendezvous import Board, Links, connect, exchange_addresses, join
+from dora.runtime.rendezvous import Links
 from dora.runtime.staging import Launch, Launcher, Staging
 from dora.runtime.tensors import check_sizes, check_tag, checked_tensor, dtype_name
 
-_CONNECT_S = 30.0  # of the handshakes, after all ranks have said where they are
 _EXIT_LINGER_S = 1.0
 
 
@@ -34,7 +34,10 @@ class Communicator:
     thread, and take contiguous tensors on the CPU or a CUDA device.
     """
 
-    def __init__(self, engine: Engine, rank: int, world_size: int) -> None:
+    def __init__(
+        self, engine: Engine, rank: int, world_size: int, place: Place | None = None
+    ) -> None:
+        self.place = place
         self.engine = engine
         self.rank = rank
         self.world_size = world_size
@@ -61,7 +64,7 @@ class Communicator:
         links: Links | None = None,
         **engine_options: Any,
     ) -> Communicator:
-        """Connects all ranks; a collective call.
+        """Connects all ranks; a collective call, but for a rank that comes to a job that runs.
 
         Args:
             store: A c10d Store that all ranks share; they find one another through it.
@@ -80,25 +83,29 @@ class Communicator:
             PeerLostError: A rank did not come, or could not be reached.
             SpecError: No secret, or one that is too short.
         """
-        board = Board(store, rank, world_size, epoch=epoch, timeout_s=timeout_s)
-        membership = join(board, store, key=load_key(key, key_file), host=host)
-        engine_options = {**emulated_network(), **engine_options}
-        engine_options.setdefault("connect_timeout_s", min(timeout_s, _CONNECT_S))
-        engine = Engine(
+        engine, place = meet(
+            store,
             rank,
-            membership.key,
-            job=membership.job,
+            world_size,
+            key=load_key(key, key_file),
+            host=host,
+            timeout_s=timeout_s,
             epoch=epoch,
-            host=membership.listen,
-            **engine_options,
+            links=links or Links(),
+            options={**emulated_network(), **engine_options},
         )
-        try:
-            peers = exchange_addresses(board, membership, engine.port)
-            connect(engine, rank, peers, links or Links(), engine_options["connect_timeout_s"])
-        except BaseException:
-            engine.close(0.0)
-            raise
-        return cls(engine, rank, world_size)
+        return cls(engine, rank, world_size, place)
+
+    def move(self, engine: Engine, epoch: int, world_size: int) -> Engine:
+        """Goes over to other connections; returns those before, which stay open.
+
+        Nobody may be waiting for anything that was started on those.
+        """
+        before, self.engine = self.engine, engine
+        self.world_size = world_size
+        if self.place is not None:
+            self.place = self.place._replace(epoch=epoch, notice=None)
+        return before
 
     # ------------------------------------------------------------ messages
 
@@ -121,7 +128,9 @@ class Communicator:
         address, num_bytes = host.data_ptr(), host.nbytes
         options = _options(group, priority, timeout_s)
         return self._start(
-            lambda: self.engine.send(address, num_bytes, dst, tag=tag, **options),
+            lambda: self.engine.send(
+                address, num_bytes, dst, tag=tag, unit_bytes=priority.unit_bytes, **options
+            ),
             stage,
             host,
             action=action,
@@ -382,7 +391,7 @@ class Communicator:
 
 
 def _options(group: int, priority: Priority, timeout_s: float) -> dict[str, Any]:
-    traffic_class, deadline = checked(priority)
+    traffic_class, deadline, _ = checked(priority)
     return {
         "group": group,
         "traffic_class": traffic_class,

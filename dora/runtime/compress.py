@@ -23,6 +23,7 @@ from dora.kernels import (
     channel_factors,
     prefix_bytes,
     quantize_pack,
+    tile_bytes,
     unpack_dequantize,
     wire_bytes,
 )
@@ -117,6 +118,11 @@ class Encoder:
     seed: int = 0
     is_gradient: bool = False
     sample: Sample | None = None
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a tile, at whose ends messages may be cut on their way."""
+        return 1 if self.format is None else tile_bytes(self.format)
 
     def parts(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields the messages in order; each may leave while the next one is made."""

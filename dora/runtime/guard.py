@@ -80,6 +80,39 @@ class Codecs(NamedTuple):
         return ", gradients ".join(part for part in (text, names) if part)
 
 
+class CodecState(NamedTuple):
+    """What is decided so far about the codecs of training or of inference; equal on all ranks.
+
+    Attributes:
+        codecs: In use now, or being measured; all 'none', or empty, if none is.
+        accuracy_loss: Of them, as measured last; None: not measured.
+        max_accuracy_loss: What is allowed; None trusts the plan and measures nothing.
+        is_measuring: Whether the next call runs with and without them.
+        refused: (codecs, accuracy loss) of what was measured and switched off, in that order.
+    """
+
+    codecs: Codecs
+    accuracy_loss: float | None
+    max_accuracy_loss: float | None
+    is_measuring: bool
+    refused: tuple[tuple[Codecs, float], ...]
+
+    def __str__(self) -> str:
+        """Returns for example 'int8/int8, loses 0.0002 of 0.03; refused: int4/int4 (0.041)'."""
+        loss, limit = self.accuracy_loss, self.max_accuracy_loss
+        names = f"{self.codecs}" if self.codecs.names else "none"
+        known = f"loses {loss:.2g} of {limit:.2g}" if loss is not None else "not measured"
+        gone = ", ".join(f"{codecs} ({lost:.2g})" for codecs, lost in self.refused)
+        return f"{names}, {known}" + (f"; refused: {gone}" if gone else "")
+
+
+class CodecReport(NamedTuple):
+    """What is decided so far about the codecs of a plan."""
+
+    training: CodecState
+    inference: CodecState
+
+
 @dataclass
 class Guard:
     """Whether codecs stay on, for training or for inference; equal on all ranks.
@@ -104,6 +137,11 @@ class Guard:
         """Whether the next call has to run with and without codecs."""
         is_guarded = self.limit is not None and bool(self.codecs.names)
         return is_guarded and len(self._probes) < PROBES
+
+    @property
+    def state(self) -> CodecState:
+        """What is decided so far."""
+        return CodecState(self.codecs, self.loss, self.limit, self.is_probing, tuple(self.refused))
 
     def is_checking(self) -> bool:
         """Counts a call without a probe; tells whether errors are to be sampled in it."""
@@ -179,6 +217,11 @@ class GuardedExecutor(Executor):
         self.training = Guard(chosen, plan.max_accuracy_loss)
         self.inference = Guard(chosen._replace(gradients=()), plan.max_accuracy_loss)
         self._state, self._agreement = state, agreement
+
+    @property
+    def codec_report(self) -> CodecReport:
+        """What is decided so far."""
+        return CodecReport(self.training.state, self.inference.state)
 
     def train(self, actions: Sequence[Action], step: Step) -> float:
         """See Executor; the first calls run twice."""

@@ -56,8 +56,9 @@ class Mailbox:
         started = self._sends.setdefault((direction, m), [])
         tag, start_s = first_tag(direction, m), time.perf_counter()
         for i, (x, encoder) in enumerate(zip(tensors, encoders, strict=True)):
+            in_tiles = priority._replace(unit_bytes=encoder.unit_bytes)
             for part in encoder.parts(x):
-                started.append(self.transport.send(part, dst, tag + i, action, priority=priority))
+                started.append(self.transport.send(part, dst, tag + i, action, priority=in_tiles))
         if any(encoder.format for encoder in encoders):
             self.spans.append(("compute", f"encode {action}", start_s, time.perf_counter()))
 

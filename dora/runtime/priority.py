@@ -9,16 +9,18 @@ from typing import NamedTuple
 
 
 class Priority(NamedTuple):
-    """Decides which of the waiting messages leaves first.
+    """Decides which of the waiting messages leaves first, and where it may be cut.
 
     Attributes:
         traffic_class: 1 (first) to 4; see the constants below.
         deadline: Earlier goes first inside a class; any comparable number, such as the
             consumer's start time in the plan, in seconds.
+        unit_bytes: What leaves at once are whole units, of at most 16 KiB.
     """
 
     traffic_class: int
     deadline: float = 0.0
+    unit_bytes: int = 1
 
 
 URGENT = Priority(1)  # tokens, losses, small activations that a user waits for

@@ -229,6 +229,11 @@ class Plan(Spec):
         """Returns the ranks of a stage, in the order of its replicas."""
         return tuple(self.rank_of(stage, r) for r in range(len(self.stages[stage].replicas)))
 
+    def sum_codec(self, stage: int) -> str:
+        """Returns how a stage's sums of gradients travel; 'none' as well if it has none to sum."""
+        is_summed = len(self.stages[stage].replicas) > 1 and self.schedule_kind != "wavefront"
+        return self.gradient_codecs[stage] if is_summed and self.gradient_codecs else "none"
+
     def placement(self, rank: int) -> tuple[int, int] | None:
         """Returns (stage, replica) of a rank, None if the plan leaves it out."""
         for stage in self.stages:
