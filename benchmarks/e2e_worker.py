@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dora import DoraParallel
 from dora.partition import partition
 from dora.profiler import profile_model
+from dora.runtime.overhead import measure_overhead
 from dora.spec import Plan, Timeline
 
 # A rival may take long; who is slower than this for one step has lost.
@@ -160,6 +161,7 @@ class Worker:
             targets=targets if task.is_training else None,
             warmup=1,
             name=task.name,
+            overhead=measure_overhead,
         ).to_json()
 
     def build(self, name: str, kind: str, task_name: str, transport: str, plan: str) -> None:
@@ -195,6 +197,13 @@ class Worker:
         """Returns what happened in the last step of one of Dora's."""
         timeline: Timeline = self.contenders[name].model.timeline()
         return timeline.to_json()
+
+    def codecs(self, name: str) -> tuple[float | None, str]:
+        """Returns the accuracy loss of the codecs of one of Dora's, and what is decided of them."""
+        contender = self.contenders[name]
+        report = contender.model.codec_report
+        state = report.training if contender.task.is_training else report.inference
+        return state.accuracy_loss, f"{state}"
 
     def memory(self, kind: str, task_name: str, transport: str, plan: str) -> int:
         """Returns by how many bytes a contender's two steps raise this process's peak."""

@@ -93,7 +93,15 @@ void bindNetwork(py::module_& m) {
              const std::vector<std::uint32_t>& media, double latency_s) {
             network.connect(src, dst, pathOf(media), latency_s);
           },
-          py::arg("src"), py::arg("dst"), py::arg("media"), py::arg("latency_s"));
+          py::arg("src"), py::arg("dst"), py::arg("media"), py::arg("latency_s"))
+      .def(
+          "set_rest",
+          [](Network& network, std::size_t device, double saved_s, double sprint) {
+            if (!(saved_s >= 0 && sprint >= 1))
+              throw py::value_error("a rest saves at least 0 s, at 1 times the speed or more");
+            network.setRest(device, {saved_s, sprint});
+          },
+          py::arg("device"), py::arg("saved_s"), py::arg("sprint"));
 }
 
 void bindPlayed(py::module_& m) {

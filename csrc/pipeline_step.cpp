@@ -125,6 +125,17 @@ double busiestMediumS(const Program& program) {
   return busiest_s;
 }
 
+// Of a step after another, so that no rank is ahead.
+double busiestRankS(const Program& program) {
+  double busiest_s = 0;
+  for (const auto& ops : program.ranks) {
+    double busy_s = 0;
+    for (const Op& op : ops) busy_s += op.duration_s;
+    busiest_s = std::max(busiest_s, busy_s);
+  }
+  return busiest_s;
+}
+
 }  // namespace
 
 Network::Network(std::size_t num_devices)
@@ -145,6 +156,11 @@ void Network::connect(std::size_t src, std::size_t dst, Path path, double latenc
   path_of_.at(src * num_devices_ + dst) = std::make_shared<const Path>(std::move(path));
 }
 
+void Network::setRest(std::size_t device, Rest rest) {
+  rests_.resize(num_devices_);
+  rests_.at(device) = rest;
+}
+
 Transfer Network::transfer(std::size_t src, std::size_t dst, double num_bytes) const {
   std::size_t pair = src * num_devices_ + dst;
   if (!path_of_.at(pair))
@@ -163,6 +179,7 @@ Program emptyProgram(const Network& network, Discipline discipline) {
   Program program;
   program.media = network.media();
   program.ranks.resize(network.numDevices());
+  program.rests = network.rests();
   program.discipline = discipline;
   return program;
 }
@@ -212,8 +229,7 @@ Price price(const Network& network, const Step& step, Discipline discipline) {
   std::vector<double> priority = priorities(program);
   for (std::size_t t = 0; t < priority.size(); t++) program.transfers[t].priority = priority[t];
   Played played = play(program);
-  double interval_s = busiestMediumS(program);
-  for (double busy_s : played.busy_s) interval_s = std::max(interval_s, busy_s);
+  double interval_s = std::max(busiestMediumS(program), busiestRankS(program));
   return {played.end_s, interval_s, played.busy_s, played.sent_bytes, played.received_bytes};
 }
 

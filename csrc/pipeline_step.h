@@ -16,9 +16,11 @@ class Network {
 
   std::uint32_t addMedium(FluidMedium medium);
   void connect(std::size_t src, std::size_t dst, Path path, double latency_s);
+  void setRest(std::size_t device, Rest rest);
 
   std::size_t numDevices() const { return num_devices_; }
   std::shared_ptr<const std::vector<FluidMedium>> media() const { return media_; }
+  const std::vector<Rest>& rests() const { return rests_; }
 
   // A transfer between two devices; std::invalid_argument if no link joins them.
   Transfer transfer(std::size_t src, std::size_t dst, double num_bytes) const;
@@ -28,6 +30,7 @@ class Network {
   std::shared_ptr<std::vector<FluidMedium>> media_;
   std::vector<std::shared_ptr<const Path>> path_of_;  // of src * num_devices + dst; null: no link
   std::vector<double> latency_s_;
+  std::vector<Rest> rests_;
 };
 
 // An empty program for all devices of a network.

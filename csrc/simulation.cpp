@@ -27,6 +27,8 @@ class Player {
         speed_(program.ranks.size(), 1.0),
         left_s_(program.ranks.size()),
         computing_(program.ranks.size()),
+        ahead_s_(program.ranks.size()),
+        idle_since_s_(program.ranks.size(), program.start_s),
         state_(program.transfers.size()),
         flows_(program.transfers.size()) {
     played_.busy_s.resize(program.ranks.size());
@@ -36,6 +38,7 @@ class Player {
     played_.transfers.resize(program.transfers.size());
     for (const auto& ops : program.ranks) played_.ops.emplace_back(ops.size());
     played_.end_s = program.start_s;
+    for (std::size_t r = 0; r < program.rests.size(); r++) ahead_s_[r] = program.rests[r].saved_s;
     if (program.changes.empty()) return;
     changed_ = *program.media;
     media_ = &changed_;
@@ -154,11 +157,21 @@ class Player {
 
   void beginCompute(std::size_t rank, double duration_s) {
     Computing& computing = computing_[rank];
+    if (!program_.rests.empty()) duration_s -= sprinted(rank, duration_s);
     computing.is_on = true;
     num_computing_++;
     computing.end_s = speed_[rank] > 0 ? now_s_ + duration_s / speed_[rank] : kNever;
     left_s_[rank] = duration_s;
     planEnd(rank);
+  }
+
+  // Returns by how much a rank is faster because it has waited before.
+  double sprinted(std::size_t rank, double duration_s) {
+    const Rest& rest = program_.rests[rank];
+    double regained_s = ahead_s_[rank] + now_s_ - idle_since_s_[rank];
+    double saved_s = std::min({regained_s, rest.saved_s, duration_s * (1 - 1 / rest.sprint)});
+    ahead_s_[rank] = std::min(regained_s, rest.saved_s) - saved_s;
+    return saved_s;
   }
 
   void planEnd(std::size_t rank) {
@@ -173,6 +186,7 @@ class Player {
     span.end_s = now_s_;
     played_.busy_s[rank] += span.end_s - span.start_s;
     played_.end_s = std::max(played_.end_s, now_s_);
+    idle_since_s_[rank] = now_s_;
     computing_[rank].is_on = false;
     num_computing_--;
     at_[rank]++;
@@ -315,6 +329,7 @@ class Player {
   std::vector<double> speed_;
   std::vector<double> left_s_;  // per rank, of a compute at speed 1 when its speed last changed
   std::vector<Computing> computing_;
+  std::vector<double> ahead_s_, idle_since_s_;  // per rank, see Rest; as of its last compute
   std::vector<State> state_;
   std::vector<Flow> flows_;  // per transfer; those under way are in active_
   std::vector<Flow*> active_;

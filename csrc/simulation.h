@@ -43,9 +43,17 @@ struct Change {
   double factor = 1;
 };
 
+// What a rank that has waited is ahead: it computes at `sprint` times its speed until that is used
+// up, and gets it back by waiting as long. So does a share of a processor that comes in periods.
+struct Rest {
+  double saved_s = 0;  // of work at its speed
+  double sprint = 1;
+};
+
 struct Program {
   std::shared_ptr<const std::vector<FluidMedium>> media;
   std::vector<std::vector<Op>> ranks;
+  std::vector<Rest> rests;  // per rank; empty: none is ever ahead
   std::vector<Transfer> transfers;
   std::vector<Change> changes;  // by ascending time
   Discipline discipline = Discipline::kPriority;

@@ -10,12 +10,14 @@ predict.py   evaluate: time, energy and memory of one layout on the contended ne
 layouts.py   from placements to layouts, plans and step costs; predict: a plan with its cost
 cost.py      seconds, bytes and shares of stages and links from the profile
 codecs.py    what a codec saves on the wire, costs in time, and loses
+recode.py    recoded: the codecs of a placement that is given
 limits.py    the bounds of a QoE, percentiles, and what a prediction reaches
 select.py    the plans that none beats, and why the others were rejected
 baselines/   what other planners would choose, written from their papers
 """
 
 from dora.planner.layouts import predict, step_costs
+from dora.planner.recode import recoded
 from dora.planner.search import SearchResult, plan, search
 
-__all__ = ["SearchResult", "plan", "predict", "search", "step_costs"]
+__all__ = ["SearchResult", "plan", "predict", "recoded", "search", "step_costs"]

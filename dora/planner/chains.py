@@ -54,11 +54,11 @@ class Chains:
             known: Of one number of micro-batches.
             media: From `shared_media`.
             twin_of: From `twins`.
-            max_loss: Codecs of up to that error may be used.
+            max_loss: Codecs of up to that accuracy loss may be used.
         """
         self.known = known
         self.ratio = min(
-            wire_ratio(n, known.dtype) for n, c in CODECS.items() if c.error <= max_loss
+            wire_ratio(n, known.dtype) for n, c in CODECS.items() if c.loss <= max_loss
         )
         self.costs = _whole_request(known, known.decode) if known.decode else known.costs
         self.groups = list(_groups(known, twin_of))

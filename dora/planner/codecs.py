@@ -2,9 +2,10 @@
 
 Sizes follow the wire layout (docs/compression.md): codes of a group of 64 values and its bfloat16
 scale. Errors are relative L2 errors on Gaussian values, of activations, which are rounded to
-nearest, and of gradients, which are rounded stochastically. A user's own data may be kinder or
-harsher, so the planner takes them as the accuracy that a codec may cost until the runtime has
-measured that. Seconds come from the profile where a device has measured its kernels.
+nearest, and of gradients, which are rounded stochastically. Their squares are the accuracy that a
+codec may cost, in the unit in which the runtime measures it (`dora.runtime.guard`): a user's own
+data may be kinder or harsher, so that is a first filter. Seconds come from the profile where a
+device has measured its kernels.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ class CodecCost(NamedTuple):
     bits: float
     error: float
     gradient_error: float
+
+    @property
+    def loss(self) -> float:
+        """Energy of the error of activations, over theirs."""
+        return self.error**2
+
+    @property
+    def gradient_loss(self) -> float:
+        """Energy of the error of gradients, over theirs."""
+        return self.gradient_error**2
 
 
 # Errors of 2^22 Gaussian values; tests/test_codecs.py measures them again.
@@ -75,14 +86,12 @@ def codec_s(
     return moved / (device.mem_efficiency * device.mem_bandwidth_bytes_per_s) + device.dispatch_s
 
 
-def error(codec: BoundaryCodec) -> float:
-    """Returns the larger error of both directions."""
-    return max(CODECS[codec.forward].error, CODECS[codec.backward].gradient_error)
-
-
 def loss(codecs: Iterable[BoundaryCodec], sums: Iterable[str]) -> float:
-    """Returns the largest error of all codecs of a plan."""
-    return max((*map(error, codecs), *(CODECS[name].gradient_error for name in sums)), default=0.0)
+    """Returns the accuracy loss of the codec of a plan that costs most."""
+    pairs = list(codecs)
+    found = [CODECS[codec.forward].loss for codec in pairs]
+    found += [CODECS[name].gradient_loss for name in (*sums, *(c.backward for c in pairs))]
+    return max(found, default=0.0)
 
 
 def boundary_codecs(max_loss: float, *, training: bool) -> list[BoundaryCodec]:
@@ -92,8 +101,8 @@ def boundary_codecs(max_loss: float, *, training: bool) -> list[BoundaryCodec]:
     """
     found = []
     for name, cost in CODECS.items():
-        if cost.error <= max_loss:
-            back = name if cost.gradient_error <= max_loss else smallest(CODECS, max_loss)
+        if cost.loss <= max_loss:
+            back = name if cost.gradient_loss <= max_loss else smallest(CODECS, max_loss)
             pair = {"forward": name, "backward": back if training else "none"}
             found.append(BoundaryCodec.model_validate(pair))
     return found
@@ -102,10 +111,10 @@ def boundary_codecs(max_loss: float, *, training: bool) -> list[BoundaryCodec]:
 def gradient_codecs(max_loss: float) -> list[str]:
     """Returns the codecs of sums of gradients that lose at most `max_loss`, the plain one first."""
     # A sum of gradients has no channels to smooth.
-    return [n for n, c in CODECS.items() if c.gradient_error <= max_loss and n != "int4-smooth"]
+    return [n for n, c in CODECS.items() if c.gradient_loss <= max_loss and n != "int4-smooth"]
 
 
 def smallest(names: Iterable[str], max_loss: float) -> str:
     """Returns the codec of gradients with the fewest bits that loses at most `max_loss`."""
-    allowed = [name for name in names if CODECS[name].gradient_error <= max_loss]
+    allowed = [name for name in names if CODECS[name].gradient_loss <= max_loss]
     return min(allowed, key=lambda name: CODECS[name].bits)

@@ -39,10 +39,10 @@ def changes(layout: Layout, known: Setting, twin_of: dict[int, int], max_loss: f
         layout: To start from.
         known: Its setting.
         twin_of: Of equal devices only one is tried in place of another.
-        max_loss: Codecs with a larger error are not tried.
+        max_loss: Codecs with a larger accuracy loss are not tried.
     """
     whole = [*_windows(layout, known), *_shifted_shares(layout), *modes(layout, known)]
-    whole += [*_codecs(layout, known, max_loss), *_gradient_codecs(layout, known, max_loss)]
+    whole += codec_changes(layout, known, max_loss)
     stages = dict.fromkeys([*_cuts(layout.groups), *_devices(layout.groups, known, twin_of)])
     return [*dict.fromkeys(whole), *stages]
 
@@ -130,6 +130,12 @@ def modes(layout: Layout, known: Setting) -> Iterator[Layout]:
             yield layout._replace(
                 modes=tuple(sorted((d, name) for d, name in other.items() if name != "default"))
             )
+
+
+def codec_changes(layout: Layout, known: Setting, max_loss: float) -> Iterator[Layout]:
+    """Yields the layouts with other codecs of one boundary, of all, or of one sum of gradients."""
+    yield from _codecs(layout, known, max_loss)
+    yield from _gradient_codecs(layout, known, max_loss)
 
 
 def _codecs(layout: Layout, known: Setting, max_loss: float) -> Iterator[Layout]:

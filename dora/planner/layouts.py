@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from dora.planner.added import added_s, rests_of
 from dora.planner.codecs import wire_ratio
 from dora.planner.predict import (
     NO_CODEC,
@@ -16,7 +17,6 @@ from dora.planner.predict import (
     Layout,
     Prediction,
     Setting,
-    coding_s,
     evaluate,
     is_linked,
     reductions,
@@ -175,8 +175,8 @@ def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
         for r, (replica, d) in enumerate(zip(stage.replicas, group.devices, strict=True)):
             rank, mode = ranks[d], known.devices[d].power_mode(replica.power_mode)
             times = known.costs.forward_s, known.costs.backward_s
-            added_s = coding_s(layout, known, known.costs, stage.index, r)
-            for kind, table, more_s in zip(("F", "B"), times, added_s, strict=True):
+            both_s = added_s(layout, known, known.costs, stage.index, r)
+            for kind, table, more_s in zip(("F", "B"), times, both_s, strict=True):
                 alone_s = float(table[d, group.first, group.end]) / mode.speed_factor
                 compute_s[rank, kind] = alone_s + more_s
             factors[rank] = mode.power_factor
@@ -196,6 +196,7 @@ def costs_of(layout: Layout, known: Setting, plan: Plan) -> StepCosts:
         power_factors=tuple(factors),
         source=None if known.source is None else ranks[known.source],
         input_bytes=float(known.costs.boundary_bytes[0]),
+        rests=rests_of(plan.devices, known.overheads),
     )
 
 

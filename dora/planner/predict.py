@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dora import _C
-from dora.planner.codecs import Rates, Way, codec_s, wire_ratio
+from dora.planner.added import Overheads, added_s, rests_of
+from dora.planner.codecs import Rates, wire_ratio
 from dora.planner.cost import (
     Array,
     Links,
@@ -120,6 +121,7 @@ class Setting(NamedTuple):
         decode: For 'generate', what one pass over one token per sequence costs.
         new_tokens: For 'generate'.
         rates: Of codecs, as measured.
+        overheads: As measured, by the device's name.
     """
 
     devices: tuple[Device, ...]
@@ -133,6 +135,7 @@ class Setting(NamedTuple):
     decode: StageCosts | None = None
     new_tokens: int = 0
     rates: Rates | None = None
+    overheads: Overheads = {}
 
 
 def setting(
@@ -156,13 +159,14 @@ def setting(
     if workload.source is not None and workload.source not in names:
         raise ValueError(f"workload.source: given {workload.source!r}, allowed: {names}")
     is_generating = workload.kind == "generate"
+    overheads = {overhead.device: overhead for overhead in profile.overheads}
     return Setting(
         devices=chosen,
         costs=stage_costs(profile, chosen, workload, num_microbatches),
         links=like.links if like else links(cluster, chosen),
         training=workload.kind == "train",
         num_microbatches=num_microbatches,
-        network=like.network if like else network_of(cluster, names),
+        network=like.network if like else network_of(cluster, names, rests_of(names, overheads)),
         dtype=profile.dtype,
         source=None if workload.source is None else names.index(workload.source),
         decode=costs_at_size(profile, chosen, workload, workload.batch_size)
@@ -170,6 +174,7 @@ def setting(
         else None,
         new_tokens=workload.new_tokens if is_generating else 0,
         rates={(rate.device, rate.codec): rate for rate in profile.codec_rates},
+        overheads=overheads,
     )
 
 
@@ -256,10 +261,10 @@ def as_step(layout: Layout, known: Setting, costs: StageCosts) -> _C.Step:
     backward = [_stage_s(costs.backward_s, g, speeds) for g in layout.groups]
     down = [float(costs.boundary_bytes[group.first]) for group in layout.groups[1:]]
     up = list(down)
-    if layout.codecs or layout.gradient_codecs:
+    if layout.codecs or layout.gradient_codecs or known.overheads:
         for s, group in enumerate(layout.groups):
             for r in range(len(group.devices)):
-                forward_s, backward_s = coding_s(layout, known, costs, s, r)
+                forward_s, backward_s = added_s(layout, known, costs, s, r)
                 forward[s][r] += forward_s
                 backward[s][r] += backward_s
     for s, codec in enumerate(layout.codecs):
@@ -283,38 +288,6 @@ def as_step(layout: Layout, known: Setting, costs: StageCosts) -> _C.Step:
 
 def _stage_s(times: Array, group: Group, speeds: dict[int, float]) -> list[float]:
     return [float(times[d, group.first, group.end]) / speeds.get(d, 1.0) for d in group.devices]
-
-
-def coding_s(
-    layout: Layout, known: Setting, costs: StageCosts, stage: int, replica: int
-) -> tuple[float, float]:
-    """Returns what codecs add to F and to B of one micro-batch on a replica.
-
-    At its boundaries a stage decodes activations and encodes gradients above, and the other way
-    round below. A sum of gradients is encoded once and decoded twice, as a part and as the whole;
-    that comes after the last B, and is spread over all of them.
-    """
-    device = known.devices[layout.groups[stage].devices[replica]]
-    forward_s = backward_s = 0.0
-    ends: list[tuple[int, Way, Way]] = [
-        (stage - 1, "decode", "encode"),
-        (stage, "encode", "decode"),
-    ]
-    for boundary, down, up in ends:
-        if 0 <= boundary < len(layout.codecs):
-            codec = layout.codecs[boundary]
-            size = float(costs.boundary_bytes[layout.groups[boundary + 1].first])
-            forward_s += codec_s(device, codec.forward, size, known.dtype, down, known.rates)
-            if known.training:
-                backward_s += codec_s(device, codec.backward, size, known.dtype, up, known.rates)
-    group = layout.groups[stage]
-    name = layout.gradient_codecs[stage] if layout.gradient_codecs else "none"
-    if name != "none" and known.training and len(group.devices) > 1:
-        size = float(costs.gradient_bytes[group.first, group.end])
-        encode_s = codec_s(device, name, size, known.dtype, "encode", known.rates)
-        decode_s = codec_s(device, name, size, known.dtype, "decode", known.rates)
-        backward_s += (encode_s + 2 * decode_s) / max(layout.counts[stage][replica], 1)
-    return forward_s, backward_s
 
 
 def reductions(

@@ -3,6 +3,7 @@
 compute.py   runs a chain of blocks on this device -> ModelProfile
 passes.py    one micro-batch through the chain, forward and backward block by block
 probes.py    what is watched meanwhile: time, operations, bytes
+rest.py      what a device that has waited does at once
 codecs.py    how fast this device encodes and decodes compressed tensors
 link.py      times messages between the ranks of a process group -> rates, latencies, Cluster
 wire.py      the messages that this takes
@@ -24,18 +25,21 @@ from dora.profiler.link import (
 )
 from dora.profiler.passes import BlockChain, resize_batch
 from dora.profiler.replay import load_profiles, merge_profiles
+from dora.profiler.rest import Rest, measure_rest
 
 __all__ = [
     "BlockChain",
     "EnergyMeter",
     "FlowRate",
     "LinkRate",
+    "Rest",
     "contention",
     "find_meters",
     "load_profiles",
     "measure_codecs",
     "measure_concurrent",
     "measure_links",
+    "measure_rest",
     "merge_profiles",
     "parallelism",
     "profile_model",

@@ -14,7 +14,7 @@ Parameter gradients accumulate over the passes, as they do over the micro-batche
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,11 @@ from dora.errors import SpecError
 from dora.profiler.codecs import measure_codecs
 from dora.profiler.passes import Batch, BlockChain, LossFn, Meter, PassCounter, Progress
 from dora.profiler.probes import sent_bytes, tensors_of
-from dora.spec import BlockCost, BlockProfile, ModelProfile, TiedParameter
+from dora.profiler.rest import measure_rest
+from dora.spec import BlockCost, BlockProfile, ModelProfile, Overhead, TiedParameter
+
+# (chain, args, kwargs, training) -> processor seconds of an action and of a message.
+OverheadOf = Callable[[Any, tuple[Any, ...], Mapping[str, Any], bool], tuple[float, float]]
 
 
 def profile_model(
@@ -43,6 +47,7 @@ def profile_model(
     batch_dim: int = 0,
     name: str = "model",
     progress: Progress | None = None,
+    overhead: OverheadOf | None = None,
 ) -> ModelProfile:
     """Runs a chain on this device and returns the cost of each block.
 
@@ -69,6 +74,7 @@ def profile_model(
         batch_dim: Dimension of the samples in every input.
         name: Name of the profile.
         progress: Called with passes done and passes in all.
+        overhead: Measures that of a runtime (`dora.runtime.overhead`); then a rest counts too.
 
     Returns:
         Block costs in seconds and bytes. `activation_bytes` is what a block keeps between its
@@ -91,6 +97,8 @@ def profile_model(
         for size in sizes:
             meter = Meter(chain, batch.resized(size, batch_dim), device, training, passes)
             rows.append(meter.costs(size, device_name, warmup, repeats))
+        small = batch.resized(sizes[0], batch_dim)
+        overheads = _overheads(overhead, chain, small, training, device_name)
     one = batch.resized(1, batch_dim)
     return ModelProfile(
         name=name,
@@ -102,6 +110,7 @@ def profile_model(
         input_bytes=sent_bytes((one.args, one.kwargs)),
         dtype=_main_dtype(chain.module),
         codec_rates=measure_codecs(device_name, device),
+        overheads=overheads,
     )
 
 
@@ -175,6 +184,24 @@ def _tied(chain: BlockChain) -> tuple[TiedParameter, ...]:
 def _device_of(module: nn.Module, batch: Batch) -> torch.device:
     tensors = [*module.parameters(), *tensors_of((batch.args, batch.kwargs))]
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _overheads(
+    measure: OverheadOf | None, chain: BlockChain, batch: Batch, training: bool, device_name: str
+) -> tuple[Overhead, ...]:
+    """Returns what there is beside the blocks, in seconds of this thread's share."""
+    if measure is None or _device_of(chain.module, batch).type != "cpu":
+        return ()
+    action_cpu_s, message_cpu_s = measure(chain, batch.args, batch.kwargs, training)
+    rest = measure_rest()
+    found = Overhead(
+        device=device_name,
+        action_s=action_cpu_s * rest.sprint,
+        message_s=message_cpu_s * rest.sprint,
+        saved_s=rest.saved_s,
+        sprint=rest.sprint,
+    )
+    return (found,)
 
 
 def _main_dtype(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from statistics import fmean, median
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dora.errors import PartitionError, SpecError
 from dora.profiler.probes import (
     FLOP_FORMULAS,
+    OWN_SHARE,
+    Both,
     Clock,
     KeptBytes,
     OpCounter,
     Probe,
     Stopwatch,
+    ThreadClock,
     storages_of,
     tensors_of,
 )
@@ -31,10 +34,6 @@ from dora.spec import BlockCost, Timing
 # the results lie within 0.8 % of each other, with 5 passes only within 4 %.
 _MIN_TIMED_S = 0.1
 _MAX_ROUNDS_FACTOR = 20
-# A thread that got less of the time than this shares its processor, with other processes or under a
-# quota. A block is over before it is taken away, or waits for the rest of a quota's period: medians
-# show nothing of that, and the mean over many periods does.
-_OWN_SHARE = 0.9
 _MIN_SHARED_S = 2.0
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -119,6 +118,15 @@ class PassCounter:
             self._progress(self._done, self._total)
 
 
+class _Pass(NamedTuple):
+    """What each block took in one pass: seconds, and processor seconds."""
+
+    forward_s: list[float]
+    backward_s: list[float]
+    forward_cpu_s: list[float]
+    backward_cpu_s: list[float]
+
+
 class _Graph(NamedTuple):
     """One block's differentiable outputs and, for each, the leaf that collects its gradient."""
 
@@ -197,42 +205,44 @@ class Meter:
         return probe.kept_bytes
 
     def _time(self, warmup: int, repeats: int) -> tuple[list[float], list[float]]:
-        """Returns seconds of each block's forward and backward pass: medians, or see _OWN_SHARE."""
-        forwards: list[list[float]] = []
-        backwards: list[list[float]] = []
+        """Returns seconds of each block's forward and backward pass; see OWN_SHARE."""
+        passes: list[_Pass] = []
         for _ in range(warmup):
             self._timed_pass()
         start_s, start_cpu_s = time.perf_counter(), time.thread_time()
         while True:
-            forward_s, backward_s = self._timed_pass(counts=len(forwards) < repeats)
-            forwards.append(forward_s)
-            backwards.append(backward_s)
+            passes.append(self._timed_pass(counts=len(passes) < repeats))
             spent_s = time.perf_counter() - start_s
-            is_shared = self._clock.is_cpu and (
-                time.thread_time() - start_cpu_s < _OWN_SHARE * spent_s
-            )
-            has_enough = len(forwards) >= (1 if is_shared else repeats)
+            spent_cpu_s = time.thread_time() - start_cpu_s
+            is_shared = self._clock.is_cpu and spent_cpu_s < OWN_SHARE * spent_s
+            has_enough = len(passes) >= (1 if is_shared else repeats)
             least_s = _MIN_SHARED_S if is_shared else _MIN_TIMED_S
-            is_at_limit = not is_shared and len(forwards) >= _MAX_ROUNDS_FACTOR * repeats
+            is_at_limit = not is_shared and len(passes) >= _MAX_ROUNDS_FACTOR * repeats
             if has_enough and (spent_s >= least_s or is_at_limit):
                 break
-        typical = fmean if is_shared else median
+        if is_shared:
+            stretch = spent_s / spent_cpu_s
+            return (
+                [stretch * t for t in _each(fmean, (p.forward_cpu_s for p in passes))],
+                [stretch * t for t in _each(fmean, (p.backward_cpu_s for p in passes))],
+            )
         return (
-            [typical(times) for times in zip(*forwards, strict=True)],
-            [typical(times) for times in zip(*backwards, strict=True)],
+            _each(median, (p.forward_s for p in passes)),
+            _each(median, (p.backward_s for p in passes)),
         )
 
-    def _timed_pass(self, counts: bool = True) -> tuple[list[float], list[float]]:
-        forward = Stopwatch(self._clock, self._num_blocks)
-        backward = Stopwatch(self._clock, self._num_blocks)
+    def _timed_pass(self, counts: bool = True) -> _Pass:
+        clocks = (self._clock, self._clock, ThreadClock(), ThreadClock())
+        watches = [Stopwatch(clock, self._num_blocks) for clock in clocks]
+        forward, backward, forward_cpu, backward_cpu = watches
         self._clock.synchronize()
-        graphs = self._forward(forward)
+        graphs = self._forward(Both(forward, forward_cpu))
         if self._training:
-            self._backward(graphs, backward)
+            self._backward(graphs, Both(backward, backward_cpu))
         self._clock.synchronize()
         if counts:
             self._passes.done()
-        return forward.seconds(), backward.seconds()
+        return _Pass(*(watch.seconds() for watch in watches))
 
     def _forward(self, probe: Probe) -> list[_Graph]:
         """Runs all blocks, each on cut-off inputs, and returns their graphs."""
@@ -281,6 +291,11 @@ class Meter:
             probe.begin(block, None)
             torch.autograd.backward(outputs, grads, retain_graph=self._shared_graph)
             probe.end(block, None)
+
+
+def _each(typical: Callable[[Sequence[float]], float], rows: Iterable[list[float]]) -> list[float]:
+    """Returns what is typical of each column."""
+    return [typical(column) for column in zip(*rows, strict=True)]
 
 
 def _cut(output: Any) -> tuple[_Graph, Any]:

@@ -49,7 +49,9 @@ def merge_profiles(profiles: Sequence[ModelProfile]) -> ModelProfile:
             )
     blocks = [_merge_blocks(same) for same in zip(*(p.blocks for p in profiles), strict=True)]
     rates = tuple(rate for profile in profiles for rate in profile.codec_rates)
-    return first.model_copy(update={"blocks": tuple(blocks), "codec_rates": rates})
+    overheads = tuple(overhead for profile in profiles for overhead in profile.overheads)
+    found = {"blocks": tuple(blocks), "codec_rates": rates, "overheads": overheads}
+    return first.model_copy(update=found)
 
 
 def _merge_blocks(blocks: tuple[BlockProfile, ...]) -> BlockProfile:
@@ -73,7 +75,7 @@ def _merge_costs(block: str, costs: tuple[BlockCost, ...]) -> BlockCost:
 
 def _structure(profile: ModelProfile) -> dict[str, Any]:
     """Returns the fields in which profiles of one model agree on every device."""
-    body = profile.model_dump(mode="json", exclude={"codec_rates"})
+    body = profile.model_dump(mode="json", exclude={"codec_rates", "overheads"})
     for block in body["blocks"]:
         for cost in block["costs"]:
             for field in (*_LARGEST, "timings"):

@@ -44,6 +44,7 @@ class StepCosts(NamedTuple):
         power_factors: Per rank, of its power mode.
         source: Rank where the inputs are, None if that is wherever the first stage is.
         input_bytes: Of one micro-batch.
+        rests: Per rank, (seconds of work that a rest saves, speed meanwhile); () for none.
     """
 
     compute_s: Mapping[tuple[int, str], float]
@@ -54,6 +55,7 @@ class StepCosts(NamedTuple):
     power_factors: tuple[float, ...]
     source: int | None = None
     input_bytes: float = 0.0
+    rests: tuple[tuple[float, float], ...] = ()
 
 
 class Compiled(NamedTuple):
@@ -128,9 +130,19 @@ def simulate(
     )
 
 
-def network_of(cluster: Cluster, names: Sequence[str]) -> _C.Network:
-    """Returns the links between those devices, by their position, for a program."""
+def network_of(
+    cluster: Cluster, names: Sequence[str], rests: Sequence[tuple[float, float]] = ()
+) -> _C.Network:
+    """Returns the links between those devices, by their position, for a program.
+
+    Args:
+        cluster: With those devices.
+        names: Of the devices.
+        rests: See `StepCosts`.
+    """
     network = _C.Network(len(names))
+    for device, rest in enumerate(rests):
+        network.set_rest(device, *rest)
     media = {
         medium.name: network.add_medium(medium.rate_bytes_per_s, medium.contention)
         for medium in cluster.media
@@ -160,7 +172,7 @@ def compile_step(
     start_s: float = 0.0,
 ) -> Compiled:
     """Returns the program of a schedule; see `simulate`."""
-    program = _C.Program(network_of(cluster, plan.devices), discipline, start_s)
+    program = _C.Program(network_of(cluster, plan.devices, costs.rests), discipline, start_s)
     for change in dynamics.changes(plan.devices, cluster) if dynamics else ():
         add = program.change_rate if change.is_medium else program.change_speed
         add(change.at_s, change.position, change.factor)

@@ -81,6 +81,25 @@ class CodecRate(Spec):
     call_s: NonNegative = 0.0
 
 
+class Overhead(Spec):
+    """What the named device takes beside its blocks, and what a rest is good for; measured.
+
+    Seconds are such as its timings are: at its steady speed.
+
+    Attributes:
+        action_s: Of every forward and every backward that a running stage adds to its blocks.
+        message_s: Of its own computing per message that it sends or receives.
+        saved_s: Work that it is ahead after it has waited as long, such as an unused quota.
+        sprint: Its speed while it uses that up, over the steady one.
+    """
+
+    device: Name
+    action_s: NonNegative = 0.0
+    message_s: NonNegative = 0.0
+    saved_s: NonNegative = 0.0
+    sprint: Annotated[float, Field(ge=1)] = 1.0
+
+
 class ModelProfile(Spec):
     """The chain of blocks that a plan splits, and what each block costs.
 
@@ -88,6 +107,7 @@ class ModelProfile(Spec):
         input_bytes: Bytes of one input sample.
         dtype: Of the parameters, such as 'float32'.
         codec_rates: Measured, one per device and codec; others follow the memory bandwidth.
+        overheads: Measured, one per device; others have none.
     """
 
     name: str = "model"
@@ -96,6 +116,7 @@ class ModelProfile(Spec):
     input_bytes: Bytes = 0
     dtype: str = "float32"
     codec_rates: tuple[CodecRate, ...] = ()
+    overheads: tuple[Overhead, ...] = ()
 
     @model_validator(mode="after")
     def _tied_blocks_exist(self) -> ModelProfile:
