@@ -79,7 +79,7 @@ def testbed_command(
         job = Job(
             testbed,
             _program(command, place),
-            os.environ,
+            {**_told_to(folder), **os.environ},
             dynamics=dynamics,
             events=events,
             limit_s=limit_s,
@@ -92,6 +92,11 @@ def testbed_command(
             save(activity, folder / "activity.json")
             _complete(folder / "run.json", testbed)
     return _judge(job)
+
+
+def _told_to(folder: Path | None) -> dict[str, str]:
+    """Returns what makes the program say how it is doing, for `dora top` on the run's folder."""
+    return {"DORA_STATUS": f"{folder.absolute()}/status"} if folder is not None else {}
 
 
 def _judge(job: Job) -> int:

@@ -21,17 +21,22 @@ from dora.spec import (
     Device,
     DeviceMemory,
     Energy,
+    Happening,
     Link,
+    LinkStatus,
     Medium,
     ModelProfile,
+    Overhead,
     Plan,
     PowerMode,
     QoE,
     Replica,
     Run,
     Schedule,
+    Shares,
     Span,
     Stage,
+    Status,
     TiedParameter,
     Timeline,
     Timing,
@@ -134,6 +139,14 @@ def block_profiles(draw):
     )
 
 
+overheads = st.builds(
+    Overhead,
+    device=names,
+    action_s=non_negative,
+    message_s=non_negative,
+    saved_s=non_negative,
+    sprint=st.floats(1, 100),
+)
 codec_rates = st.builds(
     CodecRate,
     device=names,
@@ -157,6 +170,7 @@ def model_profiles(draw):
         tied=draw(tuples(tied)),
         input_bytes=draw(num_bytes),
         codec_rates=draw(tuples(codec_rates)),
+        overheads=draw(tuples(overheads)),
     )
 
 
@@ -313,6 +327,46 @@ runs = st.builds(
     activity=maybe(activities),
     note=names,
 )
+link_statuses = st.builds(
+    LinkStatus,
+    peer=small,
+    is_up=st.booleans(),
+    sent_bytes=num_bytes,
+    received_bytes=num_bytes,
+    messages=small,
+    rate_bytes_per_s=maybe(positive),
+    round_trip_s=maybe(non_negative),
+)
+happenings = st.builds(
+    Happening, at_s=non_negative, kind=names, devices=tuples(names), text=st.text(max_size=5)
+)
+shares = st.builds(
+    Shares, computing=non_negative, waiting=non_negative, sending=maybe(non_negative)
+)
+statuses = st.builds(
+    Status,
+    at_s=non_negative,
+    period_s=positive,
+    host=names,
+    process=small,
+    started_s=non_negative,
+    rank=small,
+    device=names,
+    state=st.sampled_from(["running", "idle", "over", "failed"]),
+    members=tuples(small),
+    plan=plans(),
+    predicted_s=maybe(non_negative),
+    peak_bytes=maybe(num_bytes),
+    kind=st.sampled_from(["train", "infer", None]),
+    in_call_s=maybe(non_negative),
+    recent_s=tuples(non_negative),
+    calls_per_s=maybe(non_negative),
+    shares=maybe(shares),
+    bound_s=maybe(positive),
+    links=tuples(link_statuses),
+    events=tuples(happenings),
+    num_events=st.dictionaries(names, small, max_size=2),
+)
 
 STRATEGIES = {
     PowerMode: modes,
@@ -327,6 +381,7 @@ STRATEGIES = {
         TiedParameter, name=names, blocks=st.tuples(small, small), param_bytes=num_bytes
     ),
     CodecRate: codec_rates,
+    Overhead: overheads,
     ModelProfile: model_profiles(),
     Workload: workloads(),
     QoE: qoes,
@@ -346,6 +401,10 @@ STRATEGIES = {
     Traffic: traffic(),
     Activity: activities,
     Run: runs,
+    LinkStatus: link_statuses,
+    Happening: happenings,
+    Shares: shares,
+    Status: statuses,
 }
 
 

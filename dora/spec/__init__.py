@@ -5,12 +5,14 @@ All types are frozen pydantic models (or named tuples) in SI units: `_s` seconds
 This package imports neither torch nor anything of dora; `dora/files.py` reads and writes files.
 
 cluster.py   PowerMode, Device, Medium, Link, Cluster
-profile.py   Timing, BlockCost, BlockProfile, TiedParameter, CodecRate, ModelProfile, Workload, QoE
+profile.py   Timing, BlockCost, BlockProfile, TiedParameter, CodecRate, Overhead, ModelProfile,
+             Workload, QoE
 plan.py      Replica, Stage, BoundaryCodec, DeviceMemory, Cost, Plan, routes_from_shares, warmup_for
 schedule.py  Action, Transfer, Schedule
 timeline.py  Span, Energy, Timeline
 decision.py  Conditions, Forecast, Move, Migration, SwitchCost, Decision
 run.py       Usage, Traffic, Activity, Run
+status.py    LinkStatus, Happening, Shares, Status
 """
 
 from dora.spec.base import SCHEMA_VERSION, Spec
@@ -39,6 +41,7 @@ from dora.spec.profile import (
     BlockProfile,
     CodecRate,
     ModelProfile,
+    Overhead,
     QoE,
     TiedParameter,
     Timing,
@@ -46,6 +49,7 @@ from dora.spec.profile import (
 )
 from dora.spec.run import Activity, Run, Traffic, Usage
 from dora.spec.schedule import ACTION_KINDS, Action, Schedule, Transfer
+from dora.spec.status import Happening, LinkStatus, Shares, Status
 from dora.spec.timeline import Energy, Span, Timeline
 
 __all__ = [
@@ -64,11 +68,14 @@ __all__ = [
     "DeviceMemory",
     "Energy",
     "Forecast",
+    "Happening",
     "Link",
+    "LinkStatus",
     "Medium",
     "Migration",
     "ModelProfile",
     "Move",
+    "Overhead",
     "Plan",
     "PowerMode",
     "Predict",
@@ -77,9 +84,11 @@ __all__ = [
     "Run",
     "SCHEMA_VERSION",
     "Schedule",
+    "Shares",
     "Span",
     "Spec",
     "Stage",
+    "Status",
     "SwitchCost",
     "TiedParameter",
     "Timeline",
