@@ -20,10 +20,13 @@ import torch
 import typer
 
 from dora import catalog, views
+from dora.cli_bench import PASSED_ON, bench_command
+from dora.cli_join import join_command
 from dora.cli_network import doctor, key
 from dora.cli_plan import compare_command, plan_command, simulate_command
 from dora.cli_report import report_command, write_report
 from dora.cli_testbed import testbed_command
+from dora.cli_top import top_command
 from dora.console import FORCE, check_free, err, out, progress_of
 from dora.demo.launch import DemoError, follow, open_home, with_energy
 from dora.demo.screen import Screen
@@ -35,6 +38,7 @@ from dora.files import load, save
 from dora.partition import partition
 from dora.profiler import profile_model
 from dora.runtime.batch import as_call
+from dora.runtime.overhead import measure_overhead
 from dora.scheduler import build_schedule, format_grid
 from dora.simulator import format_timeline
 from dora.spec import Cluster, ModelProfile, Plan, Spec, Timeline
@@ -136,6 +140,7 @@ def profile(
             training=training,
             name=model,
             progress=progress,
+            overhead=measure_overhead,
         )
     save(measured, file)
     out.print(views.profile_table(measured))
@@ -147,6 +152,9 @@ app.command("simulate")(simulate_command)
 app.command("compare")(compare_command)
 app.command("testbed")(testbed_command)
 app.command("report")(report_command)
+app.command("bench", context_settings=PASSED_ON)(bench_command)
+app.command("top")(top_command)
+app.command("join")(join_command)
 
 
 @app.command()
@@ -226,7 +234,9 @@ def demo(
             soft_wrap=True,
         )
         with Screen(out) as screen:
-            result = screen.show(follow(home, folder, os.environ))
+            result = screen.show(
+                follow(home, folder, {"DORA_STATUS": f"{folder.absolute()}/status", **os.environ})
+            )
         result = with_energy(home, result, folder)
     (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     out.print(f"\nWritten by the model after that training:\n{result['generated']}\n")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from plans import make_plan
 
-from dora import cli
+from dora import cli, cli_bench
 from dora.doctor import default_interface, examine
 from dora.files import load, save
 from dora.keys import load_key
@@ -73,6 +73,16 @@ def fails(capsys, *arguments: str, code: int = 2) -> str:
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and printed.startswith("dora: "), printed
     return printed
+
+
+def test_bench_runs_a_benchmark_of_the_checkout(capfd, monkeypatch, tmp_path):
+    assert "allowed: " in fails(capfd, "bench", "speed")
+    (tmp_path / "bench_odd.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    monkeypatch.setattr(cli_bench, "FOLDER", tmp_path)
+    assert cli.main(["bench", "odd", "--quick", "--out", "x.csv"]) == 1
+    assert capfd.readouterr().out == "['--quick', '--out', 'x.csv']\n"
+    monkeypatch.setattr(cli_bench, "FOLDER", tmp_path / "none")
+    assert "source checkout" in fails(capfd, "bench", "odd")
 
 
 def test_devices_lists_the_catalogue(capsys):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from dora._C import Engine
 from dora.errors import DoraError, PeerLostError, ProtocolError
 from dora.runtime.communicator import Communicator
 from dora.runtime.frames import Frame
@@ -213,10 +214,38 @@ class EngineTransport:
         Args:
             name: Of the new beginning, equal on all ranks that go on.
         """
-        self._turn = f"{self._turn.split()[0]} {name}"
-        self._messages = self.number("messages")
         if not self._is_owner:
             self._goodbyes.cancel()
+        self._begin(f"{self.turn} {name}")
+
+    def move(self, engine: Engine, epoch: int, world_size: int, turn: str) -> Engine:
+        """Goes over to other connections, and starts anew there; call `interrupt` before.
+
+        Args:
+            engine: Connected with all that go on.
+            epoch: Of its connections.
+            world_size: Ranks that there may be.
+            turn: `turn` of the others.
+
+        Returns:
+            The connections before.
+        """
+        if not self._is_owner:
+            self._goodbyes.cancel()
+        before = self.communicator.move(engine, epoch, world_size)
+        self.gone.clear()
+        self._begin(f"{turn} joined {epoch}")
+        return before
+
+    @property
+    def turn(self) -> str:
+        """Which user of its communicator this transport is."""
+        return self._turn.split()[0]
+
+    def _begin(self, turn: str) -> None:
+        self._turn = turn
+        self._messages = self.number("messages")
+        if not self._is_owner:
             self._hear_goodbyes()
         self.interruption = None
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """A switch, a departure or a loss; times are those of `time.perf_counter`.
+    """A switch, a departure, a loss or an arrival; times are those of `time.perf_counter`.
 
     Attributes:
-        kind: 'switch'; 'leave': a device left politely; 'recovery': one was lost; 'refused': this
-            rank was, since it did not answer.
+        kind: 'switch'; 'leave': a device left politely; 'recovery': one was lost; 'join': one came
+            or came back; 'refused': this rank was, since it did not answer.
         call: Number of the step or request that was next or interrupted.
         devices: Those that are gone.
         lost_steps: Optimizer steps whose effect is undone, since nobody had all of their state.

@@ -40,16 +40,19 @@ class FailureBoard:
     def __init__(self, store: Store, rank: int) -> None:
         self._store = store
         self._rank = rank
+        self.is_silent = False  # a newcomer's failure is not yet the job's
 
     def report(self, error: BaseException) -> None:
         """Writes the failure of this rank unless another one was first."""
+        if self.is_silent:
+            return
         note = json.dumps({"rank": self._rank, "error": f"{type(error).__name__}: {error}"})
         with contextlib.suppress(Exception):  # the store may have died with its host
             self._store.compare_set("failure", "", note)
 
     def explain(self, error: PeerLostError) -> PeerLostError:
         """Returns `error` with the first failure of another rank appended, if one is known."""
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + (0.0 if self.is_silent else _GRACE_S)
         while time.monotonic() < deadline:
             try:
                 if self._store.check(["failure"]):

@@ -85,6 +85,7 @@ def generate(  # noqa: D417 - a method of DoraParallel
     given = prompts if isinstance(prompts, list) else _STREAM
     text = f"generate {given} {(max_new_tokens, ends, chosen, max_in_flight, prefill_chunk)}"
     call = as_inputs or inputs_of(self.chain.module)
+    self._take_in("generate")
     attempt = _attempt(self, serving, chosen, call, text=text, max_rows=max_in_flight)
     results: list[Generated] = self._call("generate", attempt)
     return results
@@ -118,7 +119,7 @@ def _attempt(
             if model.rank != leaders[0]:
                 return loop.follow()
             serving.begin(model.plan)
-            return loop.lead(serving, model._output_ranks)
+            return loop.lead(serving, model.output_ranks)
 
     return attempt
 

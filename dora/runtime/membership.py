@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Watch:
         communicator: Connects the ranks.
         group: Number that keeps the notes apart from other messages.
         on_alarm: Called, on another thread, with the reason to give up the call in progress.
+        members: Ranks that take part.
 
     Attributes:
         members: Ranks that take part.
@@ -54,10 +55,14 @@ class Watch:
     """
 
     def __init__(
-        self, communicator: Communicator, group: int, on_alarm: Callable[[str], None]
+        self,
+        communicator: Communicator,
+        group: int,
+        on_alarm: Callable[[str], None],
+        members: Collection[int],
     ) -> None:
         self.rank = communicator.rank
-        self.members = frozenset(range(communicator.world_size))
+        self.members = frozenset(members)
         self.round = 0
         self.position = 0
         self.lost: dict[int, str] = {}
@@ -102,6 +107,12 @@ class Watch:
         """
         for peer in sorted(self.members - {self.rank} - set(self.lost)):
             self._tell(peer, kind, number, body, due)
+
+    def moved(self, group: int, members: Collection[int]) -> Watch:
+        """Returns one that goes on over the communicator's new connections; close this before."""
+        other = Watch(self._communicator, group, self._on_alarm, members)
+        other.round, other.position = self.round, self.position
+        return other
 
     def close(self) -> None:
         """Hears nothing any more."""

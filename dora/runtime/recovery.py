@@ -12,20 +12,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from dora.errors import DoraError, PeerLostError
+from dora.runtime.admission import Admission, job_digest, take_in
 from dora.runtime.agreement import Agreement
+from dora.runtime.copies import USERS, Copies
 from dora.runtime.engine_transport import EngineTransport
 from dora.runtime.membership import FAILURE, GivenUpError, Watch
+from dora.runtime.ongoing import Logged, Ongoing
 from dora.runtime.parcel import Parcel
 from dora.runtime.replan import Policy, choose_plan
 from dora.runtime.rescue import write_rescue
-from dora.runtime.snapshot import Snapshot, Snapshots, Version, keepers
+from dora.runtime.snapshot import Version
 from dora.runtime.undo import Undo
 from dora.runtime.verdict import Report, Store, Verdict, decide
 from dora.spec import Plan
@@ -38,33 +40,6 @@ _MAX_OPEN = 8
 _OWN_FAILURES = (MemoryError, torch.OutOfMemoryError)
 
 
-class _Logged(NamedTuple):
-    position: int
-    number: int
-    attempt: Callable[[], Any]
-
-
-@dataclass
-class _Call:
-    """A collective call under way.
-
-    Attributes:
-        kind: What it is.
-        number: Of steps and requests before it.
-        attempt: Runs it once.
-        results: Its result, once this rank has done its part.
-        undo: Takes back what the last attempt has done.
-        is_over: It has ended on this rank.
-    """
-
-    kind: str
-    number: int
-    attempt: Callable[[], Any]
-    results: list[Any] = field(default_factory=list)
-    undo: Undo | None = None
-    is_over: bool = False
-
-
 class Recovery:
     """Keeps the calls of one model going.
 
@@ -72,36 +47,45 @@ class Recovery:
         model: A DoraParallel.
         transport: Its transport.
         policy: The user's wishes.
+
+    Attributes:
+        plans: Members -> the plan that these have run last.
+        is_knocked: Somebody wants to join, as all members have heard.
+        is_guest: This rank has not quite joined yet; no failure is survived.
     """
 
     def __init__(self, model: Any, transport: EngineTransport, policy: Policy) -> None:
-        self._model = model
-        self._transport = transport
-        self._policy = policy
+        self.model = model
+        self.transport = transport
+        self.policy = policy
         self._timeout_s: float = model.timeout_s
-        self.watch = Watch(transport.communicator, transport.number("notes"), transport.interrupt)
-        self.snapshots = Snapshots(transport, self._timeout_s)
+        self.watch = Watch(
+            transport.communicator, transport.number("notes"), transport.interrupt, model.members
+        )
+        self.copies = Copies(model, transport, policy.snapshot_interval)
         self._calls = 0  # training calls
         self._loads = 0
-        self._due = True
-        self._serial = 0  # of the snapshot that was begun last
-        self._taken_at = 0  # updates
         self._open: deque[Callable[[], list[list[float]]]] = deque()
-        self._log: deque[_Logged] = deque(maxlen=_MAX_OPEN + 1)
+        self._log: deque[Logged] = deque(maxlen=_MAX_OPEN + 1)
         self._kept: dict[str, Parcel] = {}
         self._is_torn = False
+        self._trained_at = -1  # updates before the last training call
+        self.plans = {model.members: model.plan}
+        self.is_knocked = self.is_guest = False
+        self.digest = job_digest(model, policy.snapshot_interval)
+        self.admission = Admission(self)
 
     @property
     def version(self) -> Version:
         """Of this rank's state, between calls."""
-        return Version(self._model._optimizers.steps + self._loads, self._calls)
+        return Version(self.model._optimizers.steps + self._loads, self._calls)
 
     # ------------------------------------------------------------ calls
 
     def run(self, kind: str, attempt: Callable[[], Any]) -> Any:
         """Runs a collective call until it has ended on all ranks that are left."""
-        model = self._model
-        call = _Call(kind, model._calls, attempt)
+        model = self.model
+        call = Ongoing(kind, model._calls, attempt)
         failure: PeerLostError | None = None
         while True:
             try:
@@ -114,23 +98,33 @@ class Recovery:
             except GivenUpError as error:
                 model._fail(error)
             except PeerLostError as error:
+                if self.is_guest:
+                    raise
                 failure = error
             except BaseException as error:
                 self._fail(error)
 
-    def _try(self, call: _Call) -> None:
+    def _try(self, call: Ongoing) -> None:
         call.results, call.undo = [], None
-        self._model._calls = call.number
+        self.model._calls = call.number
         self._prepare(call.kind)
-        call.undo = Undo(self._model._state) if call.kind == "train" else None
+        call.undo = Undo(self.model._state) if call.kind == "train" else None
         call.results = [call.attempt()]
         self._commit(call.kind)
         self._end(call)
 
+    def take_in(self, kind: str) -> bool:
+        """Takes in who knocks, before a call of the user that a newcomer can begin with."""
+        updates = self.model._optimizers.updates
+        is_start = (
+            self._calls == 0 if kind != "train" else updates != self._trained_at or not updates
+        )
+        return self.is_knocked and is_start and take_in(self, kind)
+
     def loaded(self) -> None:
         """Notes that the parameters are others now."""
         self._loads += 1
-        self._due = True
+        self.copies.is_due = True
 
     def keep(self, supply: Mapping[str, Parcel]) -> None:
         """Keeps what this rank is about to give away until all have what they need."""
@@ -138,115 +132,116 @@ class Recovery:
 
     def leave(self) -> None:
         """Goes, once the others have what this rank holds."""
-        failure = PeerLostError(f"rank {self._model.rank}: this device leaves")
-        call = _Call("leave", self._model._calls, lambda: None)
+        self.admission.door.close(has_ended=False)
+        failure = PeerLostError(f"rank {self.model.rank}: this device leaves")
+        call = Ongoing("leave", self.model._calls, lambda: None)
         while True:
             try:
                 return self._recover(failure, call)
             except GivenUpError as error:
-                self._model._fail(error)
+                self.model._fail(error)
             except PeerLostError as error:
                 failure = error
 
-    def close(self) -> None:
-        """Ends what runs in the background."""
+    def close(self, *, has_ended: bool) -> None:
+        """Ends what runs in the background.
+
+        Args:
+            has_ended: The job is over, rather than gone on without this rank.
+        """
+        self.admission.door.close(has_ended=has_ended)
         self.watch.close()
-        self._transport.interrupt("this rank closed its connections")
-        self.snapshots.stop()
+        self.transport.interrupt("this rank closed its connections")
+        self.copies.snapshots.stop()
 
     def snapshot(self) -> None:
         """Takes a snapshot now and waits until all ranks have it; a collective call."""
-        self._due = True
-        while self._due or self.snapshots.taking is not None:
+        self.copies.is_due = True
+        while self.copies.is_due or self.copies.snapshots.taking is not None:
             self.run("snapshot", lambda: time.sleep(0.001))
-        last = self.snapshots.complete
+        last = self.copies.snapshots.complete
         if last is None or last.version != self.version:
             raise DoraError(f"snapshot: not complete within {self._timeout_s:g} s (timeout_s)")
 
     def _prepare(self, kind: str) -> None:
         reason = self.watch.alarm()
         if reason is not None:
-            raise PeerLostError(f"rank {self._model.rank}: {kind} failed: {reason}")
+            raise PeerLostError(f"rank {self.model.rank}: {kind} failed: {reason}")
         while len(self._open) >= (_MAX_OPEN if kind == "infer" else 1):
             self._learn(self._open.popleft()())
-        has_snapshots = self._policy.snapshot_interval > 0 and kind in ("train", "infer")
-        if (has_snapshots or kind == "snapshot") and self._is_due(kind):
-            self._take(kind)
+        self.copies.prepare(kind, self.version)
 
     def _commit(self, kind: str) -> None:
         """Waits until all have ended the call, or lets inference calls be open for a while."""
-        taking = self.snapshots.taking
-        done = self._serial - (taking is not None and not taking.is_done)
-        if taking is not None and taking.is_failed:
-            done = -1
-        rows = self._model._agreement.start_rows([done], f"end of {kind}")
+        row = [self.copies.done(), float(self.admission.is_knocked())]
+        rows = self.model._agreement.start_rows(row, f"end of {kind}")
         if kind == "infer":
             self._open.append(rows)
         else:
             self._learn(rows())
 
     def _learn(self, rows: list[list[float]]) -> None:
-        oldest = min(row[0] for row in rows)
-        if self.snapshots.taking is not None and oldest == self._serial:
-            self.snapshots.keep()
-        elif oldest < 0:
-            self.snapshots.drop()
+        self.copies.learn(int(min(row[0] for row in rows)))
+        self.is_knocked = any(row[1] for row in rows)
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: Ongoing) -> None:
         call.is_over = True
         self.watch.position += 1
-        self._calls += call.kind == "train"
+        if call.kind in USERS:
+            self.plans[self.model.members] = self.model.plan
+        if call.kind == "train":
+            self._calls += 1
+            self._trained_at = self.model._optimizers.updates
         if call.kind == "infer":
-            self._log.append(_Logged(self.watch.position, call.number, call.attempt))
+            self._log.append(Logged(self.watch.position, call.number, call.attempt))
         else:
             self._kept.clear()
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, Exception) and not isinstance(error, _OWN_FAILURES):
-            rank = self._model.rank
+            rank = self.model.rank
             text = f"first failure, on rank {rank}: {type(error).__name__}: {error}"
             self.watch.tell_all(FAILURE, 0, text)
-        self._model._fail(error)
+        self.model._fail(error)
 
-    # ------------------------------------------------------------ snapshots
+    # ------------------------------------------------------------ joining
 
-    def _is_due(self, kind: str) -> bool:
-        if self.snapshots.taking is not None:
-            return False
-        last, interval = self.snapshots.complete, self._policy.snapshot_interval
-        is_old = 0 < interval <= self._model._optimizers.updates - self._taken_at
-        is_partial = kind == "train" and last is not None and not last.is_whole
-        return self._due or is_old or is_partial
+    def state(self) -> dict[str, Any]:
+        """Returns where this rank is, for one that joins."""
+        plans = [(members, plan.to_json()) for members, plan in self.plans.items()]
+        return {
+            "version": self.version,
+            "updates": self.model._optimizers.updates,
+            "trained_at": self._trained_at,
+            "serial": self.copies.serial,
+            "round": self.watch.round,
+            "position": self.watch.position,
+            "plans": plans,
+        }
 
-    def _take(self, kind: str) -> None:
-        model = self._model
-        state, rank = model._state, model.rank
-        updates = model._optimizers.updates
-        self._due, self._taken_at = False, updates
-        self._serial += 1
-        is_whole = kind != "infer" or updates > 0
-        mine = [n for n, ranks in state.holders.items() if rank in ranks]
-        parcels = state.parcels(mine, model._optimizers.entries())
-        if is_whole:
-            parcels = {name: parcel.copy() for name, parcel in parcels.items()}
-        keeper = keepers(model.plan, model.members)
-        only = {n: ranks[0] for n, ranks in state.holders.items() if len(ranks) == 1}
-        of = [r for r, k in keeper.items() if k == rank and r in only.values()]
-        outgoing = {n: p for n, p in parcels.items() if n in only and rank in keeper}
-        self.snapshots.begin(
-            Snapshot(self.version, updates, parcels if is_whole else {}, is_whole=is_whole),
-            outgoing,
-            keeper[rank] if outgoing else None,
-            of,
-        )
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another rank is."""
+        version = Version(*state["version"])
+        self._calls, self._trained_at = version.calls, state["trained_at"]
+        self.copies.serial = state["serial"]
+        self.model._optimizers.steps, self.model._optimizers.updates = version[0], state["updates"]
+        self.watch.round, self.watch.position = state["round"], state["position"]
+        self.plans = {tuple(there): Plan.from_json(plan) for there, plan in state["plans"]}
+
+    def come_together(self) -> None:
+        """Forgets what was only for the members before."""
+        self._log.clear()
+        self._kept.clear()
+        self.copies.is_due = True
+        self.admission.open()
 
     # ------------------------------------------------------------ after a loss
 
-    def _recover(self, failure: PeerLostError, call: _Call) -> None:
+    def _recover(self, failure: PeerLostError, call: Ongoing) -> None:
         """Goes on with those who are left; ends the interrupted call if it counts as done."""
         start_s = time.perf_counter()
-        self._transport.interrupt(str(failure))
-        self.snapshots.stop()
+        self.transport.interrupt(str(failure))
+        self.copies.snapshots.stop()
         report = self._report(call)
         number, fields = self.watch.agree(
             report,
@@ -260,19 +255,19 @@ class Recovery:
         if is_complete:
             self._end(call)
         elif not call.is_over:
-            self._model._calls = call.number
+            self.model._calls = call.number
             if call.undo is not None:
                 call.undo.apply()
                 call.undo = None
         self._begin_anew(f"{number}.{fields[0]}", verdict)
-        self._serial = number << 20  # some have begun a snapshot that others have not
+        self.copies.serial = number << 20  # some have begun a snapshot that others have not
         self._restore(verdict, is_again=call.kind == "train" and not call.is_over)
         self._tell(verdict, start_s, str(failure))
         if call.kind != "leave":
             self._replay(verdict)
 
-    def _report(self, call: _Call) -> Report:
-        model = self._model
+    def _report(self, call: Ongoing) -> Report:
+        model = self.model
         before = call.undo or Undo(model._state)
         return Report(
             position=self.watch.position,
@@ -283,14 +278,14 @@ class Recovery:
             updates=model._optimizers.updates,
             here=() if self._is_torn else tuple(dict.fromkeys([*self._here(), *self._kept])),
             stores=tuple(
-                Store(s.version, s.updates, tuple(s.parcels())) for s in self.snapshots.all()
+                Store(s.version, s.updates, tuple(s.parcels())) for s in self.copies.snapshots.all()
             ),
             limit_bytes=model._memory_limit_bytes or psutil.virtual_memory().total,
             has_grads=before.has_grads(),
         )
 
     def _decide(self, reports: Mapping[int, Report]) -> Any:
-        model, watch = self._model, self.watch
+        model, watch = self.model, self.watch
         verdict = decide(
             reports, list(model._state.holders), model.plan.devices, self._replan, watch.silent()
         )
@@ -301,13 +296,13 @@ class Recovery:
         return model.rank, verdict
 
     def _replan(self, gone: tuple[str, ...], reports: Mapping[int, Report]) -> str:
-        model = self._model
+        model = self.model
         limits = {model.plan.devices[r]: report.limit_bytes for r, report in reports.items()}
-        return choose_plan(model.plan, model.chain, gone, limits, self._policy).to_json()
+        return choose_plan(model.plan, model.chain, gone, limits, self.policy).to_json()
 
-    def _check(self, verdict: Verdict, call: _Call) -> None:
+    def _check(self, verdict: Verdict, call: Ongoing) -> None:
         """Raises GivenUpError unless this rank goes on, or leaves as it wanted."""
-        model = self._model
+        model = self.model
         if model.rank not in verdict.participants:
             raise GivenUpError(
                 f"rank {model.rank}: the others go on without this rank, since it did not answer "
@@ -317,7 +312,9 @@ class Recovery:
             if call.undo is not None:
                 call.undo.apply()
             here = model._state.parcels(model._state.holders, model._optimizers.entries())
-            path = write_rescue(self._policy.rescue_dir, model.rank, here, self.snapshots.all())
+            path = write_rescue(
+                self.policy.rescue_dir, model.rank, here, self.copies.snapshots.all()
+            )
             raise GivenUpError(
                 f"rank {model.rank}: the job can not go on: {verdict.error}. What this rank has of "
                 f"the model is in {path}"
@@ -326,9 +323,9 @@ class Recovery:
     def _begin_anew(self, name: str, verdict: Verdict) -> None:
         """Lets the participants exchange messages again."""
         self.watch.settle(frozenset(verdict.participants))
-        self._transport.renew(name)
+        self.transport.renew(name)
         self.watch.sound()
-        self._model._fetched.interrupted()
+        self.model._fetched.interrupted()
         self._open.clear()
 
     def _restore(self, verdict: Verdict, *, is_again: bool) -> None:
@@ -338,7 +335,7 @@ class Recovery:
             verdict: What is to be done.
             is_again: A training call begins anew, with the gradients there were before it.
         """
-        model = self._model
+        model = self.model
         plan = Plan.from_json(verdict.plan)
         # Should this fail half-way, what is here is of no version.
         self._is_torn = self._is_torn or verdict.label is not None
@@ -347,11 +344,11 @@ class Recovery:
         self._calls = verdict.version.calls
         here = self._here()
         supply = {} if self._is_torn else {**self._kept, **model._supply(plan)}
-        for snapshot in self.snapshots.all():
+        for snapshot in self.copies.snapshots.all():
             if snapshot.version == verdict.version:
                 copies = snapshot.parcels()
                 supply.update((n, p) for n, p in copies.items() if n not in {*here, *supply})
-        together = Agreement(self._transport, model.rank, verdict.participants, self._timeout_s)
+        together = Agreement(self.transport, model.rank, verdict.participants, self._timeout_s)
         model._join(verdict.members)
         model._relocate(plan, supply, here, together)
         if not (is_again if verdict.label is not None else verdict.has_grads):
@@ -360,19 +357,20 @@ class Recovery:
         together.rows([0.0], "end of the recovery")
         self._is_torn = False
         self.watch.settle(frozenset(verdict.members))
-        self.snapshots.settle(verdict.version)
-        self._due = True
+        self.copies.snapshots.settle(verdict.version)
+        self.copies.is_due = True
+        self.admission.open()
 
     def _here(self) -> list[str]:
         """Returns the tensors of this rank that are as its version says."""
         if self._is_torn:
             return []
-        rank = self._model.rank
-        return [n for n, ranks in self._model._state.holders.items() if rank in ranks]
+        rank = self.model.rank
+        return [n for n, ranks in self.model._state.holders.items() if rank in ranks]
 
     def _replay(self, verdict: Verdict) -> None:
         """Runs inference calls again that this rank has ended and others have not."""
-        model, number = self._model, self._model._calls
+        model, number = self.model, self.model._calls
         for logged in list(self._log):
             if verdict.base < logged.position:
                 self._prepare("infer")
@@ -382,7 +380,7 @@ class Recovery:
         model._calls = number
 
     def _tell(self, verdict: Verdict, start_s: float, text: str) -> None:
-        model = self._model
+        model = self.model
         left = set(verdict.participants) - set(verdict.members)
         model._tell(
             "leave" if left else "recovery",

@@ -6,6 +6,7 @@ it protects nothing but ports of one machine's loopback, which nobody else can r
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import json
 import os
@@ -23,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from dora._C import Engine
 from dora.errors import PeerLostError, SpecError
 from dora.keys import HOW_TO_SET, new_key
+from dora.runtime.door import Notice, proof
 
 _LOOPBACK = "127.0.0.1"
 _ANY = ("0.0.0.0", "::")
@@ -82,12 +84,16 @@ class Membership:
         job: A number that tells this job from others.
         listen: The address to listen on.
         address: The address that others reach this rank by; empty if none is known.
+        machine: That all ranks share; empty if they are on several.
+        made_key: The secret, if it was made for this job since no rank had one.
     """
 
     key: bytes
     job: int
     listen: str
     address: str
+    machine: str = ""
+    made_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,43 @@ def join(board: Board, store: Store, *, key: bytes | None, host: str | None) -> 
         job=note["job"],
         listen=own if listen is None else listen,
         address=own,
+        machine=machine if is_local else "",
+        made_key=note["key"],
+    )
+
+
+def rejoin(notice: Notice, store: Store, *, key: bytes | None, host: str | None) -> Membership:
+    """Returns what a newcomer needs to connect to a job that runs.
+
+    Args:
+        notice: Of the job.
+        store: Tells by its host which network the ranks share.
+        key: The secret of this rank, if it has one.
+        host: Address to listen on; None finds one.
+
+    Raises:
+        SpecError: The secret is missing or another one, or the job can not be reached from here.
+    """
+    machine = _machine()
+    if notice.machine and notice.machine != machine:
+        raise SpecError(
+            "this job's ranks share one machine's loopback, given a rank on another machine, "
+            "allowed: one on theirs; start the job with ranks on several machines for others"
+        )
+    known = notice.key.encode() if key is None else key
+    if not known:
+        raise SpecError(f"key: given none, the job that runs has one: {HOW_TO_SET}")
+    if not hmac.compare_digest(proof(known, notice.job), notice.proof):
+        raise SpecError(f"key: given another one than the job that runs has: {HOW_TO_SET}")
+    listen = None if host is None else _numeric(host)
+    is_any = listen is None or listen in _ANY
+    own = _towards(_store_host(store)) if is_any else str(listen)
+    if is_any and notice.machine:
+        own = _LOOPBACK
+    elif _is_loopback(own) and not notice.machine:
+        own = _towards_peer([{"address": notice.address}])
+    return Membership(
+        known, notice.job, own if listen is None else listen, own, notice.machine, notice.key
     )
 
 

@@ -31,6 +31,11 @@ class Policy(NamedTuple):
     rescue_dir: Path
 
 
+def num_seats(plan: Plan, world_size: int, policy: Policy | None) -> int:
+    """Returns how many ranks there may be: those of a job that goes on may come later."""
+    return world_size if policy is None else max(world_size, len(plan.devices))
+
+
 def choose_plan(
     plan: Plan, chain: Chain, gone: tuple[str, ...], limits: Mapping[str, int], policy: Policy
 ) -> Plan:

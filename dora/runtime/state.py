@@ -43,13 +43,20 @@ class ModelState:
         self._like = {name: torch.empty_like(t, device="meta") for name, t in whole.items()}
         self._hold(plan, range(len(plan.devices)))
 
-    def move(self, plan: Plan, members: Sequence[int], arrived: Mapping[str, Parcel]) -> None:
+    def move(
+        self,
+        plan: Plan,
+        members: Sequence[int],
+        arrived: Mapping[str, Parcel],
+        beside: Sequence[Plan] = (),
+    ) -> None:
         """Holds what a new plan wants of this rank, and nothing else.
 
         Args:
             plan: The new placement.
             members: Ranks that take part from now on.
             arrived: Every tensor that was missing here, or that is set back.
+            beside: Plans that are held with it.
         """
         for name, parcel in arrived.items():
             tensor = self.here(name)
@@ -61,24 +68,24 @@ class ModelState:
                     tensor.copy_(parcel.value)
             grad = parcel.grad
             tensor.grad = None if grad is None else grad.to(tensor.device, copy=True)
-        self._hold(plan, members)
+        self._hold(plan, members, beside)
 
     def parcels(self, names: Iterable[str], entries: Mapping[str, Entry]) -> dict[str, Parcel]:
         """Returns tensors of this rank with what the optimizers have of them; copies nothing."""
         here = {name: self.here(name) for name in names}
         return {n: pack(t, entries.get(n)) for n, t in here.items() if t is not None}
 
-    def holders_in(self, plan: Plan) -> dict[str, tuple[int, ...]]:
-        """Returns the ranks that hold each tensor under a plan."""
+    def holders_in(self, *plans: Plan) -> dict[str, tuple[int, ...]]:
+        """Returns the ranks that hold each tensor under plans that are held together."""
         chain = self._chain
         return {
-            **holders(chain.parameters.blocks, plan),
-            **holders(chain.buffers.blocks, plan),
+            **holders(chain.parameters.blocks, *plans),
+            **holders(chain.buffers.blocks, *plans),
         }
 
-    def _hold(self, plan: Plan, members: Sequence[int]) -> None:
+    def _hold(self, plan: Plan, members: Sequence[int], beside: Sequence[Plan] = ()) -> None:
         chain, self._plan, self._members = self._chain, plan, tuple(members)
-        self.holders = self.holders_in(plan)
+        self.holders = self.holders_in(plan, *beside)
         here = {name for name, ranks in self.holders.items() if self._rank in ranks}
         drop_remote(chain, here)
         parameters = _named(chain.module.named_parameters)
@@ -155,8 +162,9 @@ class ModelState:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes one safetensors file per stage on the first rank; collective."""
         shards: list[list[str]] = [[] for _ in self._plan.stages]
+        users = self.holders_in(self._plan)
         for name in self._stored():
-            placed = self._plan.placement(self.holders[name][0])
+            placed = self._plan.placement(users[name][0])
             assert placed is not None
             shards[placed[0]].append(name)
         checkpoint.write(directory, shards, self._to_first)
