@@ -1,5 +1,7 @@
 """The adapter against static plans, planning anew, and an oracle, on traces. Simulated.
 
+With --testbed: beside a real job, see `adapter_testbed.py`.
+
 Every run lives through one trace with the policy's own code (`dora.adapt.play_adapter`): the
 adapter sees noisy measurements of what it uses, and pays for every move of weights. The objective
 is least energy within the bounds of the cell; **tight** cells have time bounds at `TIGHT` times
@@ -41,6 +43,7 @@ from dora.adapter import Monitor, Rules, Standing, compose, decide, placed
 from dora.catalog import cell_profile, scenario, scenario_names
 from dora.simulator import Dynamics
 from dora.spec import Conditions, Plan, QoE
+from dora.testbed import why_not
 
 # Bounds of tight cells over the time of the fastest plan.
 TIGHT = 1.5
@@ -287,7 +290,6 @@ def verdict(
     energy = Samples([r.energy_ratio for r in fine] or [1.0])
     average = max((abs(m[0] - 1) if m[0] > 1 else 0.0 for m in mixes), default=0.0)
     gain = max((m[1] for m in mixes), default=1.0)
-    in_testbed = "measured in the testbed, by another part"
     return {
         "simulated_attained_worst": Metric(round(attained, 4), "1", ">= 0.95", attained >= ATTAINS),
         "simulated_runs_attained": Metric(round(held, 4), "1", "reported only", None),
@@ -311,8 +313,6 @@ def verdict(
             round(1e3 * decisions.percentile(95), 3), "ms", "reported only", None
         ),
         "observation": Metric(round(1e6 * observing_s, 3), "us", "reported only", None),
-        "testbed_recovery": Metric(None, "s", "reschedule < 1 step, switch < 2, loss < 5", None,
-                                   in_testbed),
     }  # fmt: skip
 
 
@@ -325,12 +325,27 @@ def observation_s() -> float:
     return (time.perf_counter() - start_s) / n
 
 
+def on_testbed(options: argparse.Namespace) -> int:
+    """Measures instead: see `adapter_testbed.py`."""
+    if reason := why_not():
+        sys.exit(f"bench_adapter: the testbed {reason}")
+    from adapter_testbed import run  # imports torch
+
+    rows, metrics = run(is_quick=options.quick)
+    if options.out:
+        write_csv(options.out, rows)
+    return finish(metrics)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few cells and traces: < 50 s")
     parser.add_argument("--only", metavar="SCENARIO", choices=scenario_names())
-    parser.add_argument("--out", metavar="FILE.csv", help="write one row per simulated quantity")
+    parser.add_argument("--out", metavar="FILE.csv", help="write one row per quantity")
+    parser.add_argument("--testbed", action="store_true", help="a real job instead: needs root")
     options = parser.parse_args()
+    if options.testbed:
+        return on_testbed(options)
     chosen = QUICK_CELLS if options.quick else CELLS
     chosen = {options.only: CELLS[options.only]} if options.only else chosen
     print("All attainments and joules are simulated. Attained, energy of an item, switches.")

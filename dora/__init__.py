@@ -22,13 +22,14 @@ runtime/      DoraParallel: training, inference, generation, going on without a 
 adapter/      when to go over to which plan, from what was observed; adapt/ joins it with the rest
 _C            in C++, from csrc/: the communication engine, the simulation, the search over chains
 keys.py       where the job's secret comes from
+live/         what a running job says of itself, to files and to Prometheus; top.py shows it
 search.py     profile + plan in one call, for DoraParallel's `plan`
 compare.py    Dora beside other planners, all played alike; judge.py the true cost of any plan
 report/       a run as one HTML page; figures: Gantt per device and medium, Pareto front
 testbed/      a whole cluster on this machine: namespaces, queues, control groups, churn
 cli.py        the command `dora`; cli_plan.py plan, simulate and compare, cli_network.py doctor and
-              keys, cli_testbed.py, cli_report.py, console.py what they print with, views.py tables,
-              doctor.py, peercheck.py and factory.py the questions they ask
+              keys, cli_testbed.py, cli_report.py, cli_top.py, console.py what they print with,
+              views.py tables, doctor.py, peercheck.py and factory.py the questions they ask
 demo/         what `dora demo` trains, measures and shows
 """
 

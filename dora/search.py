@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dora.adapt import Adapting, adapting
 from dora.catalog import scale_to_cluster
 from dora.errors import DoraError, InfeasiblePlanError, SpecError
 from dora.files import save
@@ -22,6 +23,7 @@ from dora.partition import Chain
 from dora.planner import SearchResult, search
 from dora.planner.search import microbatch_choices
 from dora.profiler import load_profiles, merge_profiles, profile_model
+from dora.runtime.overhead import measure_overhead
 from dora.runtime.parallel import DoraParallel
 from dora.spec import Cluster, ModelProfile, Plan, QoE, Run, Timeline, Workload
 
@@ -52,6 +54,11 @@ class Planned:
         self.profile: ModelProfile | None = None
         self.plans: list[Plan] = []
 
+    @property
+    def qoe(self) -> QoE:
+        """The bounds that the plan has to keep."""
+        return self._qoe
+
     def __call__(self, chain: Chain, call: Call, gather: Gather) -> Plan:
         """Returns the best plan.
 
@@ -75,6 +82,19 @@ class Planned:
             raise InfeasiblePlanError(found["problem"])
         self.plans = [Plan.from_json(plan) for plan in found["plans"]]
         return self.plans[0]
+
+    def adapter(self, *, is_lasting: bool) -> Adapting | None:
+        """Returns what keeps the QoE while the model runs; None where nothing can.
+
+        Args:
+            is_lasting: Devices may come later: then the profile has to come from files, which they
+                have too.
+        """
+        if self._workload.kind == "generate" or (is_lasting and not self._files):
+            return None
+        profile = load_profiles(self._files) if self._files else self.profile
+        assert profile is not None
+        return adapting(profile, self._cluster, self._workload, self._qoe, bank=self.plans or None)
 
     def _search(self) -> str:
         """Returns the plans, or why there are none, as JSON; errors reach all ranks that way."""
@@ -199,6 +219,7 @@ def profile_everywhere(
         training=workload.kind == "train",
         loss_fn=loss_fn,
         targets=targets,
+        overhead=measure_overhead,
     )
     parts = gather(mine.to_json().encode())
     return merge_profiles([ModelProfile.from_json(part.decode()) for part in parts])

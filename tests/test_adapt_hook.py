@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from dora import _C, DoraParallel
 from dora.adapt import adapting
 from dora.adapt.gauges import Paths
-from dora.adapter import Rules, placed
+from dora.adapter import placed
 from dora.runtime.buckets import BUCKETS_VARIABLE
 from dora.spec import (
     BlockCost,
@@ -264,8 +264,6 @@ def test_what_can_not_be_done_is_refused():
     given = make_profile(2, 1), make_cluster(2)
     with pytest.raises(ValueError, match="given kind 'generate'"):
         adapting(*given, Workload(kind="generate", batch_size=1, prompt_tokens=1, new_tokens=1))
-    with pytest.raises(ValueError, match="given reading 'average'"):
-        adapting(*given, Workload(), rules=Rules(reading="average"))
 
 
 def test_paths_tell_of_their_media():

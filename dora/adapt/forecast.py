@@ -287,7 +287,17 @@ def scaled_profile(profile: ModelProfile, factors: Mapping[str, float]) -> Model
         )
         for block in profile.blocks
     )
-    return profile.model_copy(update={"blocks": blocks})
+    rates = tuple(
+        rate.model_copy(
+            update={
+                "encode_s_per_byte": rate.encode_s_per_byte / factors.get(rate.device, 1.0),
+                "decode_s_per_byte": rate.decode_s_per_byte / factors.get(rate.device, 1.0),
+                "call_s": rate.call_s / factors.get(rate.device, 1.0),
+            }
+        )
+        for rate in profile.codec_rates
+    )
+    return profile.model_copy(update={"blocks": blocks, "codec_rates": rates})
 
 
 def block_bytes(profile: ModelProfile, workload: Workload) -> tuple[int, ...]:

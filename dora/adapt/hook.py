@@ -19,78 +19,50 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
-from math import ceil
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
 from threading import Thread
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from dora.adapt.bank import make_bank, plans_for
+from dora.adapt.corrected import Corrected
+from dora.adapt.course import Course
 from dora.adapt.forecast import Predictor, pricer
-from dora.adapt.gauges import LinkGauges, Paths
+from dora.adapt.gauges import LinkGauges, Paths, believable
+from dora.adapt.handover import cycle_of, fit_together, memory_of, reordered, toll_of
+from dora.adapt.notes import (
+    NUM_NOTED,
+    Lap,
+    Notes,
+    compute_s,
+    is_alarmed,
+    is_asked,
+    laps_of,
+    noted,
+)
+from dora.adapt.pace import FIRST_CALLS, Pace
 from dora.adapt.play import MOST_PLANS, coarsened, estimated
-from dora.adapter import Monitor, Rules, Standing, View, decide, event, placed
+from dora.adapt.running import Rows, Running
+from dora.adapter import Monitor, Rules, Standing, Toll, View, decide, event, placed
+from dora.adapter.score import conditions
 from dora.catalog import scale_to_cluster
 from dora.errors import InfeasiblePlanError
 from dora.judge import Case, case_of, play
-from dora.spec import Cluster, Decision, Forecast, ModelProfile, Plan, QoE, Workload
+from dora.spec import (
+    Cluster,
+    Conditions,
+    Decision,
+    Forecast,
+    ModelProfile,
+    Plan,
+    Predict,
+    QoE,
+    Workload,
+)
 
-# What telling and deciding may take of the time of the calls between.
-SHARE = 0.01
-# Calls between two exchanges, at most: a change that matters is worth knowing within minutes.
-MOST_CALLS = 1000
-# The first exchanges find cold caches, so that the median of as many says what one takes.
-_COSTS = 5
 # Of each search in the background.
 _EFFORT_S = 0.3
-# Speed, calls, late ones, mean seconds, cost of the last exchange; then rates and round trips.
-_NUM_OWN = 5
-
-Rows = list[list[float]]
-
-
-class Timed(Protocol):
-    """A step or request on this rank."""
-
-    @property
-    def kind(self) -> Literal["train", "infer"]:
-        """What it was."""
-
-    @property
-    def start_s(self) -> float:
-        """On a clock of this rank."""
-
-    @property
-    def end_s(self) -> float:
-        """On the same clock."""
-
-
-class Running(Protocol):
-    """What the hook needs of a model; `DoraParallel` has it."""
-
-    rank: int
-    members: tuple[int, ...]
-    plan: Plan
-    transport: Any
-
-    @property
-    def calls(self) -> Sequence[Timed]:
-        """The last steps and requests."""
-
-    def computed(self) -> list[tuple[str, float]]:
-        """Returns (action, seconds) of what this rank computed in the last call."""
-
-    def confer(self, row: Sequence[float], answer: Callable[[Rows], bytes]) -> tuple[Rows, bytes]:
-        """Returns the rows of all ranks, and the lowest rank's answer to them."""
-
-    def switch(self, plan: Plan, *, reason: str = "") -> None:
-        """Goes on with another plan."""
-
-    def prepare(self, plan: Plan) -> None:
-        """Fetches weights ahead."""
 
 
 def adapting(
@@ -113,21 +85,25 @@ def adapting(
         qoe: Bounds to keep, and the objective.
         bank: Plans to choose from; None searches for them in the background, on the lowest rank.
         log: File that gets one line of JSON per decision that changes something.
-        rules: How gains and risks are weighed; only those that read bounds for each item.
+        rules: How gains and risks are weighed. Where they read bounds as averages or percentiles,
+            plans take turns: requests one by one, with the weights of all plans in place; training
+            in phases, between which weights move.
         every: Calls between two exchanges; None keeps their cost below 1 % of the time.
     """
     rules = rules or Rules.of(qoe or QoE())
     if workload.kind == "generate":
         raise ValueError("workload: given kind 'generate', allowed: 'train' or 'infer'")
-    if rules.reading != "each":
-        raise ValueError(f"rules: given reading {rules.reading!r}, allowed: 'each'")
     complete = scale_to_cluster(profile, cluster, training=workload.kind == "train")
     predict = Predictor(complete, cluster, workload, qoe or QoE())
     return Adapting(predict, rules, bank, Path(log) if log is not None else None, every)
 
 
 class Adapting:
-    """Watches one model, and switches it. See `adapting`."""
+    """Watches one model, and switches it. See `adapting`.
+
+    Attributes:
+        expected_s: What a call of the running plan should take, by the profile.
+    """
 
     def __init__(
         self,
@@ -139,6 +115,9 @@ class Adapting:
     ) -> None:
         self._predict, self._rules, self._log = predict, rules, log
         self._bank, self._must_search = list(bank or ()), bank is None
+        # Weights change with every call, so that plans can not be in place together.
+        self._is_live = predict.workload.kind == "train"
+        self._corrected = Corrected(predict)
         self._price = pricer(predict, self._held)
         self._case: Case = case_of(predict.profile, predict.cluster, predict.workload, predict.qoe)
         self._paths, self._links = Paths(predict.cluster), LinkGauges(len(predict.cluster.devices))
@@ -146,176 +125,238 @@ class Adapting:
         self._monitor = Monitor([m.name for m in predict.cluster.media], names)
         self._names = names
         self._standing: Standing | None = None
-        self._running: Plan | None = None
+        self._running: tuple[Plan, ...] = ()
         self._prepared: list[Plan] = []
-        self._expected_s: dict[str, float] = {}
-        self._is_fresh = True
-        self._fixed, self._every, self._left = every, every or 1, every or 1
-        self._speeds: list[float] = []
-        self._seconds: list[float] = []
-        self._cost_s = 0.0
-        self._costs_s: deque[float] = deque(maxlen=_COSTS)
+        self._course: Course | None = None
+        self.expected_s: float | None = None
+        self._notes = Notes(predict.usual_s)
+        self._pace, self._first = Pace(every), every or FIRST_CALLS
+        self._cost_s, self._has_decided = 0.0, False
         self._items = 0
         self._search: Thread | None = None
         self._found: list[Plan] = []
+        for plan in self._bank:  # here, rather than in the first exchange
+            predict(plan, Conditions())
+
+    @property
+    def qoe(self) -> QoE:
+        """The bounds that it keeps."""
+        return self._predict.qoe
 
     def between_calls(self, model: Running) -> None:
         """Takes note of the last call, and every few calls decides; a collective call."""
-        if model.plan is not self._running:
+        if model.resident is not self._running:
             self._begin(model)
         if model.calls[-1].kind != self._predict.workload.kind:
             return
-        self._note(model)
-        self._left -= 1
-        if self._left > 0:
-            return
         start_s = perf_counter()
-        rows, said = model.confer(self._row(model), lambda rows: self._answer(model, rows))
-        if model.rank != model.members[0]:
+        self._items += 1
+        call = model.calls[-1]
+        self._notes.add(_turn(model), model.computed(), call.end_s - call.start_s)
+        self._left -= 1
+        self._cost_s += perf_counter() - start_s
+        if self._left <= 0:
+            self._exchange(model)
+        if self._course is not None:
+            self._take_turn(model, self._course)
+
+    def _exchange(self, model: Running) -> None:
+        start_s, row = perf_counter(), self._row(model)
+        self._cost_s = 0.0
+        rows, said = model.confer(row, lambda rows: self._answer(model, rows), is_asked)
+        if model.resident is not self._running:  # a device was lost in it
+            self._begin(model)
+        if model.rank != model.members[0] or not is_asked(rows):
             self._observe(model, rows, perf_counter())
-        self._cost_s = perf_counter() - start_s
-        news = json.loads(said) if said else {}
-        self._left = self._every = news.get("every", self._every)
-        self._follow(model, news)
+        if is_alarmed(rows):
+            self._pace.alarm()
+        self._has_decided = is_asked(rows)
+        self._left = int(noted(rows[0]).left)
+        self._cost_s += perf_counter() - start_s
+        if said:
+            self._follow(model, json.loads(said))
 
     # ------------------------------------------------------------ noting
 
     def _begin(self, model: Running) -> None:
-        """Knows what the plan that runs from now on should take."""
-        self._running = model.plan
-        known = next((plan for plan in self._bank if plan == model.plan), model.plan)
-        standing = self._standing or Standing((known,))
-        self._standing = standing._replace(plans=(known,), weights=(1.0,), candidate=None, wins=0)
-        timeline = play(model.plan, self._case)
-        self._expected_s = {
-            span.label: span.end_s - span.start_s
-            for span in timeline.spans
-            if span.rank == model.rank and span.lane == "compute"
-        }
-        self._speeds, self._seconds, self._is_fresh = [], [], True
-        self._prepared = []
+        """Knows what runs from now on, whoever has chosen it, on all ranks that are there."""
+        standing = self._standing or Standing((model.plan,))
+        self._course, self._left = None, self._first
+        self._standing = standing._replace(
+            plans=(self._known(model.plan),), weights=(1.0,), candidate=None, wins=0
+        )
+        self._enter(model)
+
+    def _enter(self, model: Running) -> None:
+        self._running, self._prepared = model.resident, []
+        timelines = [play(plan, self._case) for plan in model.resident]
+        self._notes.begin([compute_s(timeline, model.rank) for timeline in timelines])
+        self.expected_s = timelines[_turn(model)].makespan_s
         self._monitor.switched()
 
-    def _note(self, model: Running) -> None:
-        """Keeps what the last call says; the first one of a plan finds the shapes."""
-        self._items += 1
-        if self._is_fresh:
-            self._is_fresh = False
-            return
-        ratios = [
-            self._expected_s[label] / took_s
-            for label, took_s in model.computed()
-            if took_s > 0 and self._expected_s.get(label)
-        ]
-        self._speeds += [median(ratios)] if ratios else []
-        self._seconds.append(model.calls[-1].end_s - model.calls[-1].start_s)
+    def _known(self, plan: Plan) -> Plan:
+        """Returns the plan as it is in the bank, where all that is known of plans goes by id."""
+        return next((each for each in self._bank if each == plan), plan)
 
     def _row(self, model: Running) -> list[float]:
         """Returns what this rank tells the others; 0 is not known."""
         rates, round_trips = self._links.read(model.transport, perf_counter())
-        usual_s = self._predict.usual_s
-        row = [
-            median(self._speeds) if self._speeds else 0.0,
-            float(len(self._seconds)),
-            float(sum(seconds > usual_s for seconds in self._seconds)),
-            fmean(self._seconds) if self._seconds else 0.0,
-            self._cost_s,
-        ]
-        self._speeds, self._seconds = [], []
+        is_undecided = self._standing is not None and self._standing.wins > 0
+        if self._found or is_undecided or self._monitor.has_news:
+            self._pace.alarm()
+        plea = self._pace.next(*self._notes.worked)
+        is_watching = model.rank in self._watchers(model.plan, model)
+        row = self._notes.row(self._cost_s, plea, is_watching=is_watching)
         return [*row, *rates, *round_trips]
 
-    def _observe(self, model: Running, rows: Rows, now_s: float) -> None:
+    def _observe(self, model: Running, rows: Rows, now_s: float) -> list[Lap]:
         n, by_rank = len(self._names), dict(zip(model.members, rows, strict=True))
+        self._pace.pay(min(row[1] for row in rows), has_decided=self._has_decided)
         for rank, name in enumerate(self._names):
             if rank not in by_rank:
                 self._monitor.lost(name, now_s)
-            elif by_rank[rank][0] > 0:
+                continue
+            self._monitor.alive(name, now_s)
+            if by_rank[rank][0] > 0:
                 self._monitor.speed(name, by_rank[rank][0], now_s)
-        rates = {r: row[_NUM_OWN : _NUM_OWN + n] for r, row in by_rank.items()}
-        round_trips = {r: row[_NUM_OWN + n :] for r, row in by_rank.items()}
-        for medium, factor in self._paths.rates(rates).items():
+        rates = {r: row[NUM_NOTED : NUM_NOTED + n] for r, row in by_rank.items()}
+        round_trips = {r: row[NUM_NOTED + n :] for r, row in by_rank.items()}
+        laps = laps_of(by_rank, [self._watchers(plan, model) for plan in self._running])
+        speeds = {self._names[r]: row[0] for r, row in by_rank.items() if row[0] > 0}
+        call_s = laps[0].mean_s if len(laps) == 1 else 0.0
+        asked = self._paths.rates(rates), speeds, self._known(model.plan), self._predict, call_s
+        for medium, factor in believable(*asked).items():
             self._monitor.rate(medium, factor, now_s)
         for medium, factor in self._paths.delays(round_trips).items():
             self._monitor.delay(medium, factor, now_s)
-        self._monitor.items(max(row[1] for row in rows), max(row[2] for row in rows))
+        self._monitor.items(sum(lap.calls for lap in laps), sum(lap.late for lap in laps))
+        return laps
+
+    def _watchers(self, plan: Plan, model: Running) -> Sequence[int]:
+        """Returns the ranks that see how long a call takes.
+
+        Training, all end together. A request begins where its inputs are, and other ranks wait for
+        it, maybe since long before it came.
+        """
+        seeing = [] if self._is_live else set(plan.ranks(0)) & {*model.output_ranks}
+        return sorted(seeing) or model.members
 
     # ------------------------------------------------------------ deciding
 
     def _answer(self, model: Running, rows: Rows) -> bytes:
-        """Returns what all ranks shall do, as JSON; empty if that is nothing."""
-        if model.plan is not self._running:  # a device was lost in this very exchange
+        """Returns what all ranks shall do, as JSON."""
+        if model.resident is not self._running:  # the same, but decided upon already
             self._begin(model)
         assert self._standing is not None
         now_s = perf_counter()
-        self._observe(model, rows, now_s)
+        laps = self._observe(model, rows, now_s)
         self._take_what_was_found()
         view = self._monitor.view(now_s)
         decision, self._standing, forecast = decide(
-            self._bank, self._standing, view, self._predict, self._price, self._rules
+            self._bank,
+            self._standing,
+            view,
+            self._forecaster(view, laps),
+            self._price,
+            self._rules,
+            memory_of=None if self._is_live else memory_of(self._predict),
+            toll=self._toll(),
         )
         if decision.is_replanning or self._must_search:
             self._begin_search(view)
         self._write(decision, view, forecast)
-        news = {**self._pace(rows), **self._orders(decision)}
+        news = self._orders(decision, view)
         return json.dumps(news).encode() if news else b""
 
-    def _orders(self, decision: Decision) -> dict[str, str]:
-        """Returns the plan to run, or else one to have in place; training changes its weights."""
-        if decision.kind in ("switch", "shift"):
-            return {"plan": decision.plans[0].to_json(), "reason": decision.reason}
-        if self._predict.workload.kind == "train":
+    def _forecaster(self, view: View, laps: Sequence[Lap]) -> Predict:
+        """Returns what predicts plans; where averages count, it learns from their times."""
+        if self._rules.reading == "each":
+            return self._predict
+        now = conditions(view, 0.0)
+        for plan, lap in zip(self._running, laps, strict=True):
+            if lap.calls:
+                self._corrected.observe(self._known(plan), lap.mean_s, now)
+        return self._corrected
+
+    def _toll(self) -> Toll:
+        """Returns what handing over costs per step, where plans take turns in long phases."""
+        if not self._is_live or self._rules.reading == "each":
+            return Toll()
+        return toll_of(self._predict, cycle_of(self._predict))
+
+    def _orders(self, decision: Decision, view: View) -> dict[str, Any]:
+        """Returns the plans to run, or else one to have in place; training changes its weights."""
+        plans = list(decision.plans)
+        if decision.kind == "reschedule":
+            found = reordered(self._running[0], self._predict, estimated(view))
+            return {"order": found.to_json(), "reason": decision.reason} if found else {}
+        if plans:
+            given = {"plans": [plan.to_json() for plan in plans], "reason": decision.reason}
+            cycle = cycle_of(self._predict) if self._is_live else 1
+            mixed = {"weights": decision.weights, "cycle": cycle}
+            return {**given, **mixed} if len(plans) > 1 else given
+        if self._is_live:
             return {}
         ways = [plan for plan in decision.prepare if plan not in self._prepared]
-        fitting = next((plan for plan in ways if self._fits_beside(plan)), None)
+        beside = *self._running, *self._prepared
+        fitting = next((p for p in ways if fit_together((*beside, p), self._predict)), None)
         return {"prepare": fitting.to_json()} if fitting is not None else {}
-
-    def _fits_beside(self, plan: Plan) -> bool:
-        """Returns whether every device has the memory for that plan beside what it has."""
-        needs = [self._predict.memory_bytes(each) for each in (*self._present(), plan)]
-        return all(
-            sum(need.get(device.name, 0.0) for need in needs) <= device.memory_bytes
-            for device in self._predict.cluster.devices
-        )
-
-    def _present(self) -> list[Plan]:
-        assert self._running is not None
-        return [self._running, *self._prepared]
-
-    def _pace(self, rows: Rows) -> dict[str, int]:
-        """Returns how many calls to let pass, if that changes by more than a quarter.
-
-        Who comes last to an exchange has not waited for the others: its time is the cost.
-        """
-        self._costs_s.append(min(row[4] for row in rows))
-        step_s = max(row[3] for row in rows)
-        if self._fixed is not None or step_s <= 0 or len(self._costs_s) < _COSTS:
-            return {}
-        wanted = min(max(ceil(median(self._costs_s) / (SHARE * step_s)), 1), MOST_CALLS)
-        return {"every": wanted} if abs(wanted - self._every) > self._every / 4 else {}
-
-    def _follow(self, model: Running, news: dict[str, Any]) -> None:
-        """Does what the lowest rank has said; a plan that is refused is not tried again."""
-        given = news.get("plan") or news.get("prepare")
-        if given is None:
-            return
-        plan = Plan.from_json(given)
-        try:
-            if "plan" in news:
-                model.switch(plan, reason=news["reason"])
-            else:
-                model.prepare(plan)
-                self._prepared.append(plan)
-        except InfeasiblePlanError:
-            self._bank = [each for each in self._bank if each != plan]
-            self._running = None
 
     def _held(self) -> dict[str, frozenset[int]]:
         """Returns the blocks that each device has: of what runs, and of what was fetched ahead."""
         held: dict[str, frozenset[int]] = {}
-        for plan in self._present():
+        for plan in (*self._running, *self._prepared):
             for name, blocks in placed(plan).items():
                 held[name] = held.get(name, frozenset()) | blocks
         return held
+
+    # ------------------------------------------------------------ following
+
+    def _follow(self, model: Running, news: dict[str, Any]) -> None:
+        """Does what the lowest rank has said; plans that are refused are not tried again."""
+        plans = [Plan.from_json(text) for text in news.get("plans", ())]
+        try:
+            if "prepare" in news:
+                self._prepared.append(Plan.from_json(news["prepare"]))
+                model.prepare(self._prepared[-1])
+            elif "order" in news:
+                model.reorder(Plan.from_json(news["order"]), reason=news["reason"])
+            elif len(plans) > 1:
+                self._mix(model, plans, news)
+            elif plans:
+                self._course = None
+                model.switch(plans[0], reason=news["reason"])
+        except InfeasiblePlanError:
+            refused = [plan for plan in (*plans, *self._prepared[-1:]) if plan != model.plan]
+            self._bank = [each for each in self._bank if each not in refused]
+            self._begin(model)
+
+    def _mix(self, model: Running, plans: Sequence[Plan], news: dict[str, Any]) -> None:
+        """Lets plans take turns from the next call on; other shares of the same move nothing."""
+        have = (*model.resident, *(self._course.plans if self._course else ()))
+        plans = [next((h for h in have if h == plan), plan) for plan in plans]
+        if not self._is_live and not set(map(id, plans)) <= set(map(id, model.resident)):
+            model.hold(plans, reason=news["reason"])
+            self._enter(model)
+        self._course = Course(plans, news["weights"], news["cycle"])
+        assert self._standing is not None
+        self._standing = self._standing._replace(
+            plans=tuple(map(self._known, plans)), weights=tuple(news["weights"])
+        )
+
+    def _take_turn(self, model: Running, course: Course) -> None:
+        """Gives the next call to its plan; weights that training changes have to move."""
+        plan = course.next()
+        if plan is model.plan:
+            return
+        if not self._is_live:
+            model.turn_to(plan)
+            return
+        try:
+            model.switch(plan, reason="its turn")
+            self._enter(model)
+        except InfeasiblePlanError:
+            self._begin(model)
 
     # ------------------------------------------------------------ searching, telling
 
@@ -348,3 +389,8 @@ class Adapting:
         line = event(decision, view, step=self._items, forecast=forecast).line()
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+
+
+def _turn(model: Running) -> int:
+    """Returns which of the plans in place has had the last call."""
+    return next(i for i, plan in enumerate(model.resident) if plan is model.plan)

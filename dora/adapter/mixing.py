@@ -21,18 +21,16 @@ def mix(
     toll: Toll,
 ) -> tuple[Decision, Standing] | None:
     """Returns the best mix, if it differs from what runs by enough; None to go on as for one."""
+    toll = Toll(toll.excess + rules.reserve, toll.value)
     able = [s for s in scores.values() if s.median is not None]
-    found = compose(
-        [s.median for s in able],
-        rules.objective,
-        late=[s.late for s in able] if rules.reading == "percentile" else None,
-        percentile=rules.percentile if rules.reading == "percentile" else None,
-        battery_j=rules.battery_j,
-        memory=memory_of([s.plan for s in able]) if memory_of else None,
-        toll=Toll(toll.excess + rules.reserve, toll.value),
-    )
+    found = _compose(able, rules, memory_of, toll)
     if found is None:
         return None
+    here = [s for s in able if s.plan in standing.plans]
+    same = _compose(here, rules, memory_of, toll)
+    if same is not None and same.value - found.value <= rules.least_gain * same.value:
+        # Other shares of what runs move nothing, and what has run is known better.
+        able, found = here, same
     plans = tuple(able[i].plan for i, _ in found.shares)
     weights = tuple(w for _, w in found.shares)
     before = _value(scores, standing, rules)
@@ -49,6 +47,21 @@ def mix(
     reason = f"{shown} of {len(plans)} plans keep the average at {found.value:.3g} per item"
     chosen = standing._replace(plans=plans, weights=weights, candidate=None, wins=0)
     return Decision(kind=kind, reason=reason, plans=plans, weights=weights), chosen
+
+
+def _compose(
+    able: Sequence[Score], rules: Rules, memory_of: MemoryOf | None, toll: Toll
+) -> Mix | None:
+    is_percentile = rules.reading == "percentile"
+    return compose(
+        [s.median for s in able],
+        rules.objective,
+        late=[s.late for s in able] if is_percentile else None,
+        percentile=rules.percentile if is_percentile else None,
+        battery_j=rules.battery_j,
+        memory=memory_of([s.plan for s in able]) if memory_of else None,
+        toll=toll,
+    )
 
 
 def _value(

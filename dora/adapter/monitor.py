@@ -155,6 +155,11 @@ class Monitor:
             if name not in self._gone and tracker.estimate(at_s).age_s >= PROBE_S
         )
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has changed, come or gone since the last view."""
+        return bool(self._changed)
+
     def view(self, at_s: float) -> View:
         """Returns all that is known; the next view tells of changes after this one only."""
         changed, self._changed = frozenset(self._changed), set()

@@ -38,6 +38,8 @@ LEAST_HORIZON_S = 5.0
 PREDICTED_ITEMS = 5.0
 # A plan that is predicted that far over its bound is left without waiting for more.
 CLEARLY = 1.5
+# And one that has broken its bound more often than not, in so many items or more.
+FAILING = 2
 # Before that many observations, noise is guessed: no reason to leave a plan that should do.
 KNOWN = 8
 
@@ -273,6 +275,7 @@ def _act(
     used = {name for plan in standing.plans for name in _names(plan)}
     has_changed = bool(view.changed & used)
     is_bad = any(s.median is None or s.median.worst > CLEARLY for s in running)
+    is_bad = is_bad or (view.num_items >= FAILING and view.late > 0.5)
     is_known = all(
         e.num_seen >= KNOWN for name, e in view.estimates.items() if name in used and e.num_seen
     )

@@ -96,7 +96,9 @@ class Optimizers:
         """Returns what optimizers have of the parameters here; {} before one has stepped."""
         names = {id(parameter): name for name, parameter in self._here.items()}
         nothing = Entry(NOWHERE, {}, {}, {})
-        found = dict.fromkeys(self._here, nothing) if self._known else {}
+        # What has come and waits for its optimizer may have to go on before that steps.
+        waiting = {n: e for n, e in self._waiting.items() if e is not None and n in self._here}
+        found = dict.fromkeys(self._here, nothing) | waiting if self._known or waiting else {}
         for number, optimizer in self._living():
             for group_number, group in enumerate(optimizer.param_groups):
                 options = {k: v for k, v in group.items() if _is_plain(v)}

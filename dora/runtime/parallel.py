@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dora.errors import DoraError, PeerLostError
+from dora.live.environment import watch_as_told
 from dora.partition import Chain, partition
 from dora.runtime import generation
-from dora.runtime.adaptive import Adapter, AdaptiveModule
+from dora.runtime.adaptive import Adapter, AdaptiveModule, adapter_of
 from dora.runtime.agreement import Agreement
 from dora.runtime.batch import as_call, batch_size, merge, microbatch_sizes, split, split_inputs
 from dora.runtime.boundary import signature
@@ -27,10 +28,11 @@ from dora.runtime.build import build_executor
 from dora.runtime.clock import clock_offset_s
 from dora.runtime.executor import Step
 from dora.runtime.failure import open_board
-from dora.runtime.guard import GuardedExecutor
+from dora.runtime.guard import CodecReport, GuardedExecutor
+from dora.runtime.joining import come, is_late
 from dora.runtime.losses import LossFn, as_loss_fn
 from dora.runtime.media import shared_media
-from dora.runtime.replan import Policy
+from dora.runtime.replan import Policy, num_seats
 from dora.runtime.seeds import SeedKey
 from dora.runtime.state import ModelState
 from dora.runtime.transports import open_transport
@@ -81,7 +83,7 @@ class DoraParallel(AdaptiveModule):
             takes the first of `bank` that does without them, or gives their blocks to others.
         bank: Plans for the case of a loss, the best first.
         rescue_dir: Folder for what is left of the model when it is not enough to go on.
-        adapter: Switches plans as devices and networks change, such as `dora.adapt.adapting`.
+        adapter: Switches plans as the world changes: `dora.adapt.adapting`, 'auto' (of `planned`).
 
     Attributes:
         calls: When each of the last steps and requests began and ended on this rank.
@@ -116,7 +118,7 @@ class DoraParallel(AdaptiveModule):
         replan: Callable[[tuple[str, ...]], Plan] | None = None,
         bank: Sequence[Plan] = (),
         rescue_dir: str | os.PathLike[str] = "dora-rescue",
-        adapter: Adapter | None = None,
+        adapter: Adapter | Literal["auto", "off"] | None = "auto",
     ) -> None:
         super().__init__()
         if not dist.is_initialized():
@@ -130,13 +132,12 @@ class DoraParallel(AdaptiveModule):
         self._batch_dim = batch_dim
         self._whole_inputs = tuple(whole_inputs)
         self._loss_reduction = loss_reduction
-        self._output_ranks = tuple(range(world_size)) if outputs_to == "all" else (outputs_to,)
+        self._outputs_to = outputs_to
         self._calls = 0
         self._is_checkpointing = activation_checkpointing
         self._failed: str | None = None
         self._schedules: dict[tuple[bool, int, int], Turn] = {}
         self._memory_limit_bytes = memory_limit_bytes
-        self._adapter = adapter
         self.calls: deque[Call] = deque(maxlen=_MAX_CALLS)
         self._board = open_board(self.rank)
         options: dict[str, Any] = {} if key is None else {"key": key}
@@ -147,21 +148,25 @@ class DoraParallel(AdaptiveModule):
         with self._guarded():
             self.chain = module if isinstance(module, Chain) else self._cut(module, sample, blocks)
             self.module = self.chain.module
-            self.plan = (
-                plan
-                if isinstance(plan, Plan)
-                else plan(self.chain, as_call(sample), self._gather_patiently)
-            )
-            self._check(self.plan)
-            self._build(seed)
-            if snapshot_interval is not None:
-                policy = Policy(snapshot_interval, replan, tuple(bank), Path(rescue_dir))
+            wishes = replan, tuple(bank), Path(rescue_dir)
+            policy = None if snapshot_interval is None else Policy(snapshot_interval, *wishes)
+            if is_late(self.transport):
+                come(self, policy)
+            else:
+                given = self.chain, as_call(sample), self._gather_patiently
+                self.plan = plan if isinstance(plan, Plan) else plan(*given)
+                self._world_size = num_seats(self.plan, world_size, policy)
+                self._check(self.plan)
+                self._build(seed)
                 self._survive(policy)
+            self._adapter = adapter_of(adapter, plan, is_lasting=policy is not None)
+            watch_as_told(self, self._adapter, plan)
 
     # ------------------------------------------------------------ building
 
     def _build(self, seed: int | None) -> None:
         self._state = ModelState(self.chain, self.plan, self.rank, self.transport, self.timeout_s)
+        self.resident = (self.plan,)
         # Optimizers refuse an empty list; this one never gets a gradient.
         self._unused = nn.Parameter(torch.empty(0))
         self._settle()
@@ -172,7 +177,7 @@ class DoraParallel(AdaptiveModule):
             torch.initial_seed() if seed is None else seed, "seed"
         )
         self._clock_offset_s = clock_offset_s(
-            self.transport, self.rank, len(self.members), self.timeout_s
+            self.transport, self.rank, self.members[1:], self.timeout_s
         )
 
     def _settle(self) -> None:
@@ -184,19 +189,22 @@ class DoraParallel(AdaptiveModule):
         transport.add_groups(sorted(group for group in groups if len(group) > 1))
         if hasattr(self, "_executor"):
             self._executor.reducer.close()
-        self._executor = build_executor(
+        self._executor, self._schedules = self._make_executor(plan), {}
+        self._schedule(training=True, count=plan.num_microbatches, offset=0)
+
+    def _make_executor(self, plan: Plan) -> GuardedExecutor:
+        executor = build_executor(
             self.chain,
             plan,
             self.rank,
-            transport,
-            state=state,
+            self.transport,
+            state=self._state,
             agreement=self._agreement,
             activation_checkpointing=self._is_checkpointing,
             timeout_s=self.timeout_s,
         )
-        self._executor.members = self.members
-        self._schedules.clear()
-        self._schedule(training=True, count=plan.num_microbatches, offset=0)
+        executor.members = self.members
+        return executor
 
     def _cut(self, module: nn.Module, sample: Any, blocks: Sequence[str] | None) -> Chain:
         if sample is None:
@@ -258,7 +266,8 @@ class DoraParallel(AdaptiveModule):
             PeerLostError: A peer failed or was silent for `timeout_s`.
             ProtocolError: Ranks passed different batches.
         """
-        self._adapt()
+        self._adapt("train")
+        self._stand_alone()
         if self.plan.schedule_kind == "wavefront":
             raise ValueError("plan: schedule_kind 'wavefront' only infers, allowed: 1f1b or gpipe")
         args, kwargs = as_call(inputs)
@@ -298,7 +307,7 @@ class DoraParallel(AdaptiveModule):
                 "forward() of DoraParallel does not record gradients: train with "
                 "model.step(inputs, targets, loss_fn), or infer under torch.no_grad()"
             )
-        self._adapt()
+        self._adapt("infer")
         size = batch_size(args, kwargs, self._batch_dim)
 
         def attempt() -> tuple[list[Any], list[int]]:
@@ -313,15 +322,15 @@ class DoraParallel(AdaptiveModule):
                 header=f"infer {signature(args, kwargs)[0]}",
             )
             with torch.no_grad(), self._seeded(), self._clocked("infer"):
-                return self._executor.infer(turn.actions, step, self._output_ranks), sizes
+                return self._executor.infer(turn.actions, step, self.output_ranks), sizes
 
         outputs, sizes = self._call("infer", attempt)
         return merge(outputs, sizes, self._batch_dim) if outputs else None
 
     generate = generation.generate
 
-    def _adapt(self) -> None:
-        if self._adapter is not None and self.calls:
+    def _adapt(self, kind: str) -> None:
+        if not self._take_in(kind) and self._adapter is not None and self.calls:
             self._adapter.between_calls(self)
 
     @contextmanager
@@ -333,9 +342,14 @@ class DoraParallel(AdaptiveModule):
 
     @contextmanager
     def _clocked(self, kind: Literal["train", "infer"]) -> Iterator[None]:
+        watch = self.watch
+        if watch is not None:
+            watch.began()
         start_s = time.perf_counter()
         yield
         self.calls.append(Call(kind, start_s, time.perf_counter()))
+        if watch is not None:
+            watch.ended(self.calls[-1], self._executor._mail.spans)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -356,6 +370,11 @@ class DoraParallel(AdaptiveModule):
         raise error
 
     # ------------------------------------------------------------ measuring
+
+    @property
+    def codec_report(self) -> CodecReport:
+        """Which codecs are on for training and for inference, which were refused, and why."""
+        return self._executor.codec_report
 
     def computed(self) -> list[tuple[str, float]]:
         """Returns (action, seconds) of what this rank computed in the last call."""

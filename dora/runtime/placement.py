@@ -11,18 +11,18 @@ from dora.partition import Chain
 from dora.spec import Plan
 
 
-def holders(users: Mapping[str, tuple[int, ...]], plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Returns the ranks, ascending, that run a block which uses each tensor.
+def holders(users: Mapping[str, tuple[int, ...]], *plans: Plan) -> dict[str, tuple[int, ...]]:
+    """Returns the ranks, ascending, that run a block which uses each tensor, under any plan.
 
     Args:
         users: Tensor name -> blocks, as in `Chain.parameters.blocks`.
-        plan: The placement.
+        plans: Placements that are held together.
     """
-    ranks_of_block = {
-        block: plan.ranks(stage.index)
-        for stage in plan.stages
-        for block in range(stage.first_block, stage.last_block + 1)
-    }
+    ranks_of_block: dict[int, set[int]] = {}
+    for plan in plans:
+        for stage in plan.stages:
+            for block in range(stage.first_block, stage.last_block + 1):
+                ranks_of_block.setdefault(block, set()).update(plan.ranks(stage.index))
     return {
         name: tuple(sorted({rank for block in blocks for rank in ranks_of_block[block]}))
         for name, blocks in users.items()
