@@ -226,7 +226,7 @@ def training(*, quick: bool = False) -> tuple[list[Row], dict[str, Metric]]:
     Args:
         quick: The character model alone, few steps, one seed; its losses bind nobody.
     """
-    sizes = {"char LM": 40} if quick else {"char LM": 300, "MiniLM fine-tune": 80}
+    sizes = {"char LM": 40} if quick else {"char LM": 150, "MiniLM fine-tune": 30}
     seeds = range(1) if quick else range(3)
     names = [c.name for c in CONTENDERS]
     rows: list[Row] = []
