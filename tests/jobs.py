@@ -102,6 +102,9 @@ def job(world_size: int, function: Callable[..., Any], *, backend: str = "gloo")
     running = Job(world_size, function, backend, port)
     try:
         yield running
+    except AssertionError as error:
+        ended = {r: running.outcome(r) for r in running.ranks if running.has_ended(r)}
+        raise AssertionError(f"{error}; ended: {ended}") from error
     finally:
         for process in running.ranks.values():
             process.kill()

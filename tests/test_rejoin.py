@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from models import make
 from plans import make_plan
 from ranks import Outcome
 from test_recovery import batch, plain
+from torch.distributed import TCPStore
 
 import dora
 from dora import DoraParallel, partition
 from dora.cli import main
 from dora.errors import ProtocolError, SpecError
+from dora.runtime import joining
 from dora.runtime.batch import as_call
 from dora.runtime.door import seal, unseal
 
@@ -115,7 +118,8 @@ def lose_and_join(running: Job, folder: Path, rank: int, *arguments: Any, **how:
     before = has_joined(folder, rank)
     if rank in running.ranks:
         running.kill(rank)
-    reach(folder, step_of(folder) + 3)
+    step = step_of(folder, 2)
+    wait_for(lambda: step_of(folder, 2 if rank < 2 else 0) >= step + 3)
     running.join(rank, *arguments, **how)
     wait_for(lambda: has_joined(folder, rank) != before or running.has_ended(rank))
 
@@ -212,6 +216,51 @@ def test_device_that_was_never_there_comes(tmp_path):
         end(tmp_path)
         facts = [running.value(rank) for rank in range(3)]
     assert [kind for kind, *_ in facts[0]["events"]] == ["join", "recovery", "join"]
+    check_as_uninterrupted(facts)
+
+
+@pytest.mark.slow
+def test_lowest_rank_comes_back_where_another_process_hosts_the_rendezvous(tmp_path):
+    """As under torchrun."""
+    with job(3, train) as running:
+        store = TCPStore("127.0.0.1", running.port, is_master=True, wait_for_workers=False)
+        running.environment = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for rank in range(3):
+            running.start(rank, tmp_path, {})
+        reach(tmp_path, 3)
+        for rank in (0, 1, 0):
+            lose_and_join(running, tmp_path, rank, tmp_path, {})
+            step = step_of(tmp_path, 2)
+            wait_for(lambda step=step: step_of(tmp_path, 2) >= step + 3)
+        end(tmp_path)
+        facts = [running.value(rank) for rank in (2, 1, 0)]
+    assert store.num_keys() > 0
+    assert facts[0]["stages"] == [["d0"], ["d1"], ["d2"]]
+    assert [kind for kind, *_ in facts[0]["events"]] == ["recovery", "join"] * 3
+    check_as_uninterrupted(facts)
+
+
+def die_at_the_door(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Trains; a newcomer is killed once it is connected, before it knows anything."""
+    if options.pop("dies", False):
+        joining.exchange = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return train(rank, folder, options)
+
+
+@pytest.mark.slow
+def test_newcomer_that_dies_at_the_door_costs_nothing(tmp_path):
+    with job(3, die_at_the_door) as running:
+        for rank in range(3):
+            running.start(rank, tmp_path, {})
+        reach(tmp_path, 3)
+        for dies in (True, True, False):
+            lose_and_join(running, tmp_path, 1, tmp_path, {"dies": dies})
+            reach(tmp_path, step_of(tmp_path) + 3)
+        end(tmp_path)
+        facts = [running.value(rank) for rank in (0, 2, 1)]
+    kinds = [kind for kind, *_ in facts[0]["events"]]
+    assert kinds == ["recovery", "recovery", "recovery", "join"]
+    assert [lost for *_, lost in facts[0]["events"]][1:] == [0, 0, 0]
     check_as_uninterrupted(facts)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +55,6 @@ class Admission:
         self._place = recovery.transport.communicator.place
         self._opened: Engine | None = None
         self._current: Knock | None = None
-        assert self._place is not None
         key = self._place.membership.key
         self.door = Door(self._place.store, key, self._judge)
 
@@ -64,7 +63,6 @@ class Admission:
     def open(self) -> None:
         """Tells where the job is, on the lowest member."""
         model, place = self._model, self._recovery.transport.communicator.place
-        assert place is not None
         if model.rank != model.members[0]:
             return
         membership = place.membership
@@ -84,7 +82,6 @@ class Admission:
     def _judge(self, knock: Knock) -> str:
         """Answers a door; runs on its thread."""
         model, communicator = self._model, self._recovery.transport.communicator
-        assert communicator.place is not None
         if knock.digest != self._recovery.digest:
             return (
                 "its module or options differ, allowed: the same as on the ranks that run "
@@ -132,7 +129,6 @@ class Admission:
     def _addresses(self, knock: Knock) -> dict[int, tuple[str, int]]:
         """Returns where the members listen, as far as they can."""
         model, place = self._model, self._place
-        assert place is not None
         mine: tuple[str, int] | None = None
         try:
             self._opened = place.engine(model.rank, knock.epoch)
@@ -154,7 +150,6 @@ class Admission:
                     {
                         "addresses": list(addresses.items()),
                         "host": model.rank,
-                        "seats": len(model.plan.devices),
                         "turn": self._recovery.transport.turn,
                     },
                 )
@@ -175,17 +170,16 @@ class Admission:
         """Goes over to the connections with the guest, and to the plan for all of them."""
         recovery, model = self._recovery, self._model
         host = model.members[0]
-        before = go_over(
+        close_before = go_over(
             recovery,
             guest.engine,
             epoch=guest.knock.epoch,
             members=sorted({*model.members, guest.knock.rank}),
             seats=len(model.plan.devices),
-            turn=recovery.transport.turn,
         )
         facts = self._facts(kind) if model.rank == host else {}
         said = recovery.run("welcome", lambda: exchange(model, facts, host, guest.knock.rank))
-        before.close()
+        close_before()
         self.door.done(guest.knock)
         model._take(model.resident[0], {}, model.resident[1:])
         settle(recovery, said["target"], guest.knock.rank, start_s)
@@ -232,9 +226,8 @@ def go_over(
     epoch: int,
     members: Sequence[int],
     seats: int,
-    turn: str,
-) -> Engine:
-    """Uses other connections from now on; returns those before.
+) -> Callable[[], None]:
+    """Uses other connections from now on; returns what closes those before.
 
     Args:
         recovery: Of the model.
@@ -242,17 +235,17 @@ def go_over(
         epoch: Of its connections.
         members: From now on.
         seats: Ranks that there may be.
-        turn: Of the members' transports.
     """
     model, transport = recovery.model, recovery.transport
     transport.interrupt("a device joins")  # nothing is under way but copies
     recovery.copies.snapshots.drop()
     recovery.watch.close()
-    before = transport.move(engine, epoch, seats, turn)
+    close = transport.move(engine, epoch, seats)
+    transport.join(transport.turn, epoch)
     recovery.watch = recovery.watch.moved(transport.number("notes"), members)
     model._fetched.interrupted()
     model._join(members)
-    return before
+    return close
 
 
 def job_digest(model: Any, snapshot_interval: int) -> int:
@@ -272,7 +265,12 @@ def job_digest(model: Any, snapshot_interval: int) -> int:
 
 
 def exchange(model: Any, facts: Mapping[str, Any], host: int, guest: int) -> dict[str, Any]:
-    """Returns the facts of the host; gives the guest the time of the clock, too."""
+    """Returns the facts of the host; gives the guest the time of the clock, too.
+
+    Once one of the two is lost, nothing is to be told any more.
+    """
+    if not {host, guest} <= set(model.members):
+        return {"target": ""}
     said = model._agreement.gather(json.dumps(facts).encode(), "welcome")
     told: dict[str, Any] = json.loads(said[model.members.index(host)])
     if model.rank in (host, guest):
@@ -286,6 +284,8 @@ def settle(recovery: Recovery, target: str, guest: int, start_s: float) -> None:
     """Goes over to a plan with the newcomer, on all ranks, if there is one that fits."""
     model = recovery.model
     recovery.come_together()
+    if guest not in model.members:
+        return
     num_bytes = 0
     plan = Plan.from_json(target) if target else model.plan
     if plan != model.plan:

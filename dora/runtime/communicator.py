@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ class Communicator:
     thread, and take contiguous tensors on the CPU or a CUDA device.
     """
 
-    def __init__(
-        self, engine: Engine, rank: int, world_size: int, place: Place | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, rank: int, world_size: int, place: Place) -> None:
         self.place = place
         self.engine = engine
         self.rank = rank
@@ -96,16 +95,13 @@ class Communicator:
         )
         return cls(engine, rank, world_size, place)
 
-    def move(self, engine: Engine, epoch: int, world_size: int) -> Engine:
-        """Goes over to other connections; returns those before, which stay open.
-
-        Nobody may be waiting for anything that was started on those.
-        """
-        before, self.engine = self.engine, engine
-        self.world_size = world_size
-        if self.place is not None:
-            self.place = self.place._replace(epoch=epoch, notice=None)
-        return before
+    def move(self, engine: Engine, epoch: int, world_size: int) -> Callable[[], None]:
+        """Goes over to other connections; returns what closes those before."""
+        close = partial(self.completions.close_with, self.engine, _EXIT_LINGER_S)
+        self.engine, self.world_size = engine, world_size
+        self.completions = Completions()  # one engine does not know another one's operations
+        self.place = self.place._replace(epoch=epoch, notice=None)
+        return close
 
     # ------------------------------------------------------------ messages
 
@@ -310,7 +306,11 @@ class Communicator:
             )
 
     def keep(
-        self, started: Operation | Launch, tensors: Sequence[Any], finish: Callable[[], None] | None
+        self,
+        started: Operation | Launch,
+        completions: Completions,
+        tensors: Sequence[Any],
+        finish: Callable[[], None] | None,
     ) -> None:
         """Takes over an operation that its owner has dropped, with the memory it uses."""
 
@@ -321,7 +321,7 @@ class Communicator:
         def launched() -> None:
             operation = started.operation if isinstance(started, Launch) else started
             if operation is not None:
-                self.completions.watch(operation, lambda: over(operation))
+                completions.watch(operation, lambda: over(operation))
 
         if os.getpid() != self._pid:
             return
@@ -346,8 +346,7 @@ class Communicator:
         atexit.unregister(self.close)
         if self._launcher is not None:
             self._launcher.close()
-        self.engine.close(linger_s)
-        self.completions.close()
+        self.completions.close_with(self.engine, linger_s)
 
     def _start(
         self,

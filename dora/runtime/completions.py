@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from dora._C import CompletionQueue, Operation
+from dora._C import CompletionQueue, Engine, Operation
 
 _Callback = Callable[[], None]
 _FOREVER_S = 3600.0
@@ -35,6 +35,11 @@ class Completions:
             callback()
         elif not is_known:
             operation.notify(self._queue)
+
+    def close_with(self, engine: Engine, linger_s: float) -> None:
+        """Closes the engine whose operations these are, and then this."""
+        engine.close(linger_s)
+        self.close()
 
     def close(self) -> None:
         """Makes all calls that are due; call it when all operations are over."""

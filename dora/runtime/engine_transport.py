@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -218,24 +218,30 @@ class EngineTransport:
             self._goodbyes.cancel()
         self._begin(f"{self.turn} {name}")
 
-    def move(self, engine: Engine, epoch: int, world_size: int, turn: str) -> Engine:
-        """Goes over to other connections, and starts anew there; call `interrupt` before.
+    def move(self, engine: Engine, epoch: int, world_size: int) -> Callable[[], None]:
+        """Goes over to other connections; call `interrupt` before, and `join` after it.
 
         Args:
-            engine: Connected with all that go on.
-            epoch: Of its connections.
+            engine: With these connections.
+            epoch: Of them.
             world_size: Ranks that there may be.
-            turn: `turn` of the others.
 
         Returns:
-            The connections before.
+            What closes the connections before.
         """
         if not self._is_owner:
             self._goodbyes.cancel()
-        before = self.communicator.move(engine, epoch, world_size)
+        return self.communicator.move(engine, epoch, world_size)
+
+    def join(self, turn: str, epoch: int) -> None:
+        """Starts to exchange messages over other connections.
+
+        Args:
+            turn: `turn` of the others.
+            epoch: Of the connections.
+        """
         self.gone.clear()
         self._begin(f"{turn} joined {epoch}")
-        return before
 
     @property
     def turn(self) -> str:

@@ -34,10 +34,9 @@ _ATTEMPTS = 3
 
 def is_late(transport: Transport) -> bool:
     """Tells whether this rank comes to a job that runs already."""
-    if not isinstance(transport, EngineTransport):
-        return False
-    place = transport.communicator.place
-    return place is not None and place.notice is not None
+    return (
+        isinstance(transport, EngineTransport) and transport.communicator.place.notice is not None
+    )
 
 
 def come(model: Any, policy: Policy | None) -> None:
@@ -94,11 +93,9 @@ class _Newcomer:
     """One attempt to join."""
 
     def __init__(self, model: Any, policy: Policy) -> None:
-        place: Place | None = model.transport.communicator.place
-        assert place is not None
         self._model = model
         self._transport: EngineTransport = model.transport
-        self._place = place
+        self._place: Place = model.transport.communicator.place
         self._digest = job_digest(model, policy.snapshot_interval)
         self._nonce = ""
 
@@ -109,7 +106,7 @@ class _Newcomer:
         model = self._model
         connect(engine, model.rank, addresses, Links(), model.timeout_s)
         self._transport.interrupt("joining")
-        self._transport.move(engine, epoch, reply["seats"], reply["turn"])
+        self._transport.join(reply["turn"], epoch)
         model._join(sorted([*addresses, model.rank]))
         return exchange(model, {}, reply["host"], model.rank)
 
@@ -141,10 +138,11 @@ class _Newcomer:
                 f"{self._who}: given for a job of {notice.seats} devices, allowed: ranks 0 to "
                 f"{notice.seats - 1}; start the job with a plan that counts more devices"
             )
-        communicator, epoch = self._transport.communicator, notice.epoch + 1
-        communicator.engine.close(0.0)
-        communicator.engine = self._place.engine(self._model.rank, epoch)
-        return communicator.engine, epoch
+        epoch = notice.epoch + 1
+        engine = self._place.engine(self._model.rank, epoch)
+        close_before = self._transport.move(engine, epoch, notice.seats)
+        close_before()
+        return engine, epoch
 
     def _knock(self, engine: Engine, epoch: int) -> None:
         rank, store = self._model.rank, self._place.store

@@ -45,6 +45,8 @@ class Pending:
         finish: Callable[[], None] | None = None,
     ) -> None:
         self._communicator = communicator
+        # Those of the operation: the communicator may go over to others meanwhile.
+        self._engine, self._completions = communicator.engine, communicator.completions
         self._started = started
         self._tensors = tensors
         self._finish = finish
@@ -119,7 +121,7 @@ class Pending:
             if operation is None:
                 then()
             else:
-                self._communicator.completions.watch(operation, then)
+                self._completions.watch(operation, then)
 
         if isinstance(self._started, Launch):
             self._started.then(watch)
@@ -129,7 +131,7 @@ class Pending:
     def __del__(self) -> None:
         # The engine still reads and writes the memory of an operation that nobody waits for.
         if not getattr(self, "_is_over", True):
-            self._communicator.keep(self._started, self._tensors, self._finish)
+            self._communicator.keep(self._started, self._completions, self._tensors, self._finish)
 
     # ------------------------------------------------------------ the operation
 
@@ -152,7 +154,7 @@ class Pending:
     def _cancel_operation(self) -> None:
         operation = self._operation()
         if operation is not None:
-            self._communicator.engine.cancel(operation)
+            self._engine.cancel(operation)
 
     def _settle(self) -> None:
         """Does what follows the end of the operation, once."""
