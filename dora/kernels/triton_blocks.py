@@ -56,11 +56,8 @@ def _spread(index, seed, groups, GROUP: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _random(h):
     """Returns one of 65536 numbers from 1 up to 2 per count."""
-    # The upper 16 bits of `_mixed`, which its last step leaves alone, become the first bits of a
-    # mantissa, which takes no cast.
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return (((h >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
+    # The upper 16 bits become the first bits of a mantissa, which takes no cast.
+    return (((_mixed(h) >> 9) & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
