@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from dora.kernels import TILE, Format, channel_factors, quantize_pack, unpack_dequantize
-from dora.profiler.probes import Clock
+from dora.profiler.probes import OWN_SHARE, Clock
 from dora.spec import CodecRate
 
 FORMATS = {
@@ -23,9 +23,9 @@ FORMATS = {
 _ROWS, _CHANNELS, _TENSORS = 64 * TILE // 1024, 1024, 16
 # Rounds over all tensors; the median counts.
 _ROUNDS = 5
-# A process that gets more of the processor than this has it for itself. Less is a quota or company,
-# and its share is averaged over that long: the rounds are over within one period of a quota.
-_OWN_SHARE, _GLANCE_S, _SHARE_S = 0.9, 0.02, 0.2
+# How long it takes to see whether the processor is shared, and then how much of it there is: the
+# rounds are over within one period of a quota.
+_GLANCE_S, _SHARE_S = 0.02, 0.2
 
 
 def measure_codecs(device_name: str, device: torch.device) -> tuple[CodecRate, ...]:
@@ -66,8 +66,8 @@ def _processor_share() -> float:
         spent_s, share = time.perf_counter() - start_s, 1.0
         if spent_s >= _GLANCE_S:
             share = (time.thread_time() - start_cpu_s) / spent_s
-        if spent_s >= _SHARE_S or (spent_s >= _GLANCE_S and share >= _OWN_SHARE):
-            return share if share < _OWN_SHARE else 1.0
+        if spent_s >= _SHARE_S or (spent_s >= _GLANCE_S and share >= OWN_SHARE):
+            return share if share < OWN_SHARE else 1.0
 
 
 def _rate(name: str, format: Format, device_name: str, timer: _Timer) -> CodecRate:
