@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Outcome, _context
+from ranks import Outcome, _context, collect
 
 from dora.runtime.process_group import register
 
@@ -75,16 +75,7 @@ class Job:
 
     def outcome(self, rank: int, timeout_s: float = 30.0) -> Outcome:
         """Returns what became of a rank; waits for its end."""
-        end, process = self.ends[rank], self.ranks[rank]
-        try:
-            if not end.poll(timeout_s):
-                return Outcome(error=TimeoutError(f"rank {rank} still runs"))
-            outcome = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)
-        except EOFError:
-            process.join(5)
-            return Outcome(exitcode=process.exitcode)
-        assert isinstance(outcome, Outcome)
-        return outcome
+        return collect(self.ends[rank], self.ranks[rank], timeout_s)
 
     def value(self, rank: int, timeout_s: float = 30.0) -> Any:
         """Returns what a rank has returned."""

@@ -64,7 +64,8 @@ def outcomes(
             processes.append(process)
         deadline = time.monotonic() + timeout_s
         results = [
-            _collect(end, process, deadline) for end, process in zip(ends, processes, strict=True)
+            collect(end, process, deadline - time.monotonic())
+            for end, process in zip(ends, processes, strict=True)
         ]
         for process in processes:
             process.kill()
@@ -103,9 +104,10 @@ def join(backend: str, path: str, rank: int, world_size: int) -> None:
     )
 
 
-def _collect(end: Any, process: Any, deadline: float) -> Outcome:
+def collect(end: Any, process: Any, timeout_s: float) -> Outcome:
+    """Returns what became of a rank; waits for its end."""
     try:
-        if not end.poll(max(0.0, deadline - time.monotonic())):
+        if not end.poll(max(0.0, timeout_s)):
             return Outcome(error=TimeoutError("still running at the time limit"))
         outcome = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)
     except EOFError:

@@ -165,16 +165,21 @@ def job(rank: int, n: int, kind: str, steps: int, options: dict[str, Any]) -> An
             model.snapshot()
         if rank == 0 and step == dead:
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "train":
-            optimizer.zero_grad()
-            results.append(float(model.step(x, y, F.mse_loss)))
-            optimizer.step()
-        else:
-            with torch.no_grad():
-                results.append(float(model(x).square().sum()))
+        results.append(call(model, optimizer, kind, x, y))
         ran.append(tuple(placed(model.plan)))
     model.close()
     return results, ran, list(model.events)
+
+
+def call(model: DoraParallel, optimizer: torch.optim.Optimizer, kind: str, x: Any, y: Any) -> float:
+    """Makes one step, or one request, and returns a number that tells its result."""
+    if kind == "infer":
+        with torch.no_grad():
+            return float(model(x).square().sum())
+    optimizer.zero_grad()
+    loss = float(model.step(x, y, F.mse_loss))
+    optimizer.step()
+    return loss
 
 
 def plain(kind: str, steps: int, rows: int = 1) -> list[float]:

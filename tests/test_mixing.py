@@ -15,6 +15,7 @@ from test_adapt_hook import (
     NAP_S,
     Block,
     batches,
+    call,
     make_bank,
     make_cluster,
     make_module,
@@ -156,13 +157,7 @@ def mixed_job(rank: int, kind: str, calls: int) -> Any:
     model = DoraParallel(make_module(), make_bank(3)[0], sample=data[0][0], adapter=adapter)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x, y in data:
-        if kind == "train":
-            optimizer.zero_grad()
-            results.append(float(model.step(x, y, F.mse_loss)))
-            optimizer.step()
-        else:
-            with torch.no_grad():
-                results.append(float(model(x).square().sum()))
+        results.append(call(model, optimizer, kind, x, y))
         ran.append(len(placed(model.plan)))
     model.close()
     return results, ran, list(model.events)
