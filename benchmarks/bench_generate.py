@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Row, Samples
+from common import ROOT, Row, Samples
 from torch import nn
-from torch.nn import functional as F
 
 from dora import DoraParallel
 from dora.catalog import load_cluster
@@ -33,8 +32,11 @@ from dora.spec import Plan
 from dora.testbed import Testbed
 from dora.testbed.launch import Job
 
+sys.path.append(str(ROOT / "examples"))
+from generate_lm import Layer  # noqa: E402
+
 CLUSTER = Path(__file__).with_name("clusters") / "pair.toml"
-WIDTH, LAYERS, HEADS, VOCABULARY, CONTEXT = 256, 8, 4, 2000, 512
+WIDTH, LAYERS, VOCABULARY, CONTEXT = 256, 8, 2000, 512
 REQUESTS, IN_FLIGHT, NEW_TOKENS = 16, 8, (16, 48)
 REPEATS = 3
 LIMIT_S = 600.0
@@ -42,34 +44,12 @@ PLAIN, SINGLE = "plain loop", "one device"
 ALONE, SHARED = "one at a time", f"{IN_FLIGHT} at a time"
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.merge = nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-        )
-
-    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        heads = self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k, v = (h.unflatten(-1, (HEADS, -1)).transpose(1, 2) for h in heads)
-        if cache is None:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = cache.update(k, v, self)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
-        x = x + self.merge(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         self.positions = nn.Embedding(CONTEXT, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(WIDTH) for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, tokens: torch.Tensor, cache: Any = None) -> torch.Tensor:
