@@ -307,7 +307,6 @@ def test_noise_around_a_bound_does_not_make_it_flutter():
     st.sampled_from(BANK),
     st.floats(0.05, 2.0),
 )
-@settings(deadline=None)
 def test_no_decision_names_a_device_that_has_gone(gone, plan, rate):
     monitor = seen(wifi=rate)
     for name in gone:
@@ -323,7 +322,7 @@ def test_no_decision_names_a_device_that_has_gone(gone, plan, rate):
 
 
 @given(st.sampled_from(BANK), st.floats(0.05, 2.0), st.floats(0.1, 1.5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_decisions_are_pure(plan, rate, speed):
     view = seen(wifi=rate, phone=speed).view(20.0)
     first = decide(BANK, Standing((plan,)), view, takes, free, Rules())
@@ -492,7 +491,7 @@ def test_forecast_as_given_is_the_planners_prediction(kind):
 
 @pytest.mark.parametrize("kind", ["infer", "train"])
 @given(steps=st.fixed_dictionaries({n: st.integers(-60, 20) for n in ("wifi", "box", "phone")}))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_forecast_is_what_the_simulator_plays(kind, steps):
     # Powers of the step, so that rounding changes nothing.
     factors = {name: STEP**k for name, k in steps.items()}
@@ -532,7 +531,6 @@ def test_forecasts_are_remembered_for_what_a_plan_touches():
     st.lists(st.tuples(st.floats(0.05, 3.0), st.floats(0.1, 5.0)), min_size=1, max_size=8),
     st.sampled_from([0.0, 0.7]),
 )
-@settings(deadline=None)
 def test_tally_counts_as_if_items_were_played_one_by_one(pieces, period_s):
     tally = Tally(period_s, 1.0)
     done, progress, wait_s = 0, 0.0, 0.4 * period_s

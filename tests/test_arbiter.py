@@ -119,7 +119,7 @@ def test_changed_wish_keeps_its_place_among_equals():
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_use_has_one_holder_and_never_idles(random):
     medium, now_s = Medium(aging_s=1.0), 0.0
     for _ in range(150):
@@ -135,7 +135,7 @@ def test_random_use_has_one_holder_and_never_idles(random):
 
 
 @given(st.lists(st.integers(2, 4), min_size=2, max_size=6), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_wish_is_allowed_if_revoked_holders_give_back(classes, asks_again):
     medium, aging_s, now_s = Medium(aging_s=1.0), 1.0, 0.0
     for rank, traffic_class in enumerate(classes):

@@ -298,7 +298,7 @@ def test_memory_proportional_takes_the_fewest_devices():
 # ---------------------------------------------------------------- dynamic programs
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_edgeshard_throughput_finds_the_least_bottleneck(case):
     def bottleneck(chain):
@@ -311,7 +311,7 @@ def test_edgeshard_throughput_finds_the_least_bottleneck(case):
         assert bottleneck(chain) == pytest.approx(least)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(most=3))
 def test_edgeshard_latency_is_least_unless_devices_would_repeat(case):
     def latency(chain):
@@ -341,7 +341,7 @@ def test_edgeshard_latency_is_least_unless_devices_would_repeat(case):
         assert found == pytest.approx(simple)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(types=True))
 def test_pipeedge_finds_the_least_bottleneck(case):
     pairs = list(permutations(range(case.n), 2))
@@ -363,7 +363,7 @@ def test_pipeedge_finds_the_least_bottleneck(case):
         assert bottleneck(case.chain(case.run("pipeedge"))) == pytest.approx(least)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_prima_like_has_the_least_compute_in_rank_order(case):
     def compute(chain):
@@ -377,7 +377,7 @@ def test_prima_like_has_the_least_compute_in_rank_order(case):
         assert [s[2] for s in chain] == sorted(s[2] for s in chain)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases())
 def test_alpa_like_has_the_least_sum_and_largest(case):
     mean_rate = np.mean([case.rates(a, b) for a, b in permutations(range(case.n), 2)] or [1.0])
@@ -428,7 +428,7 @@ def test_alpa_split_is_least_whatever_stages_cost(num_stages, num_blocks, m, dat
     assert least == inf or objective(list(pairwise([0, *ends]))) == least
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(types=True))
 def test_metis_like_has_the_least_cost_of_balanced_candidates(case):
     m = case.batch
@@ -529,7 +529,7 @@ def test_round_latency_is_the_sum_of_its_definition(steps, m):
     assert round_latency_s(columns, m).tolist() == [latency_of(steps, m)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(most=3))
 def test_asteroid_has_the_least_round_latency(case):
     order = sorted(range(case.n), key=lambda d: (-case.room[d], d))

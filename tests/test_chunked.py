@@ -49,7 +49,7 @@ def test_bytes_are_equal_for_all_sizes_in_both_directions():
     assert run_ranks(2, both_directions, LARGE_BYTES, SIZES, [3, 0, 5, 1, 4, 2]) == [True, True]
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
     st.lists(st.integers(0, 3 * CHUNK_BYTES), min_size=1, max_size=30).flatmap(
         lambda sizes: st.tuples(st.just(sizes), st.permutations(range(len(sizes))))

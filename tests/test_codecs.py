@@ -152,7 +152,7 @@ def leaf_of(x: torch.Tensor) -> LeafSpec:
     return LeafSpec(x.shape, x.dtype, x.device, requires_grad=True)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     codec=st.sampled_from(CODECS),
     is_gradient=st.booleans(),

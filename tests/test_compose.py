@@ -36,7 +36,7 @@ def brute_force(options, objective):
 
 
 @given(st.lists(forecasts, min_size=1, max_size=5), st.sampled_from(["time", "energy"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_mix_keeps_the_averages_and_beats_every_pair(options, objective):
     mix, best = compose(options, objective), brute_force(options, objective)
     if mix is None:
@@ -50,7 +50,6 @@ def test_mix_keeps_the_averages_and_beats_every_pair(options, objective):
 
 
 @given(st.lists(forecasts, min_size=1, max_size=8))
-@settings(deadline=None)
 def test_a_mix_is_never_worse_than_a_single_plan(options):
     mix = compose(options, "energy")
     for option in options:
@@ -116,7 +115,7 @@ def test_memory_excludes_what_does_not_fit_together():
     st.lists(forecasts, min_size=3, max_size=3),
     st.floats(5.0, 40.0),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_memory_holds_in_every_mix(options, capacity):
     bounds = memory(capacity)
     mix = compose(options, memory=bounds)

@@ -34,7 +34,7 @@ def test_starts_of_one_stage_are_empty():
     st.integers(1, 9),
     st.sampled_from(["gpipe", "1f1b"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_send_has_a_start_after_its_producer(replicas, num_microbatches, kind):
     shares = [[1] * n for n in replicas]
     plan = make_plan(len(shares), shares, num_microbatches=num_microbatches, schedule_kind=kind)

@@ -67,7 +67,7 @@ def test_changes_are_by_index_of_medium_and_rank():
     assert trace.changes(("laptop",), make_cluster()) == [(0.0, True, 1, 0.5)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.1, 1), st.floats(0, 0.9), st.integers(0, 5))
 def test_wandering_has_the_statistics_that_were_asked_for(cv, correlation, seed):
     trace = wandering("wifi", duration_s=4000, cv=cv, correlation=correlation, seed=seed)

@@ -381,7 +381,6 @@ def fill_credit(a, b, ranks, size, count):
 
 @settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(

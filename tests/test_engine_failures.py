@@ -354,7 +354,7 @@ def harassed():
 HELLO = bytes.fromhex("444f0101") + bytes(100)  # magic, version, kind
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     data=st.one_of(
         st.binary(max_size=600),

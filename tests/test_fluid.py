@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dora._C import share_media
 
 Medium = tuple[float, tuple[float, ...]]
 Instance = tuple[list[Medium], list[list[int]], list[float]]
-untimed = settings(deadline=None)  # the speed of this machine decides nothing
 
 
 def plain(*rates: float) -> list[Medium]:
@@ -84,7 +83,6 @@ def test_unknown_discipline_is_named():
         share_media(plain(1), [[0]], [1], "fifo")
 
 
-@untimed
 @given(instances(), st.sampled_from(["fair", "priority"]))
 def test_no_medium_carries_more_than_its_capacity(instance, discipline):
     media, paths, order = instance
@@ -94,7 +92,6 @@ def test_no_medium_carries_more_than_its_capacity(instance, discipline):
         assert used(paths, rates, i) <= capacity(medium, num_flows) * (1 + 1e-9)
 
 
-@untimed
 @given(instances())
 def test_fair_flow_has_a_full_medium_where_none_gets_more(instance):
     """What defines max-min fairness, for rates divided by weights."""
@@ -111,7 +108,6 @@ def test_fair_flow_has_a_full_medium_where_none_gets_more(instance):
         assert any(is_bottleneck(i, flow) for i in path)
 
 
-@untimed
 @given(instances())
 def test_urgent_flow_does_not_feel_the_others(instance):
     media, paths, priorities = instance
@@ -125,7 +121,6 @@ def test_urgent_flow_does_not_feel_the_others(instance):
         assert alone == [rates[f] for f in urgent]
 
 
-@untimed
 @given(instances())
 def test_priority_leaves_no_rate_that_a_flow_could_use(instance):
     media, paths, priorities = instance
@@ -142,7 +137,6 @@ def test_priority_leaves_no_rate_that_a_flow_could_use(instance):
         assert any(is_full(i) for i in paths[flow])
 
 
-@untimed
 @given(instances(), st.sampled_from(["fair", "priority"]), st.floats(0.1, 10))
 def test_rates_scale_with_media(instance, discipline, factor):
     media, paths, order = instance

@@ -358,7 +358,7 @@ def next_token(request: int, position: int) -> int:
     return (request * 5 + position * 3) % 11
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     prompts=st.lists(st.integers(1, 30), max_size=12),
     limit=st.integers(1, 9),
@@ -464,7 +464,7 @@ def test_order_survives_the_wire(kind, numbers, is_last, rows):
     assert Order.from_tensor(tensor) == order
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     steps=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), max_size=6),

@@ -59,7 +59,6 @@ sizes = st.lists(st.integers(1, 10**6), min_size=8, max_size=8)
 
 
 @given(chains(), chains(), sizes, st.booleans())
-@settings(deadline=None)
 def test_moves_are_exactly_what_is_missing(old, new, block_bytes, is_wired):
     cluster, held = make_cluster(is_wired=is_wired), placed(old)
     found = migration(held, new, block_bytes, cluster)
@@ -73,7 +72,6 @@ def test_moves_are_exactly_what_is_missing(old, new, block_bytes, is_wired):
 
 
 @given(chains(), sizes)
-@settings(deadline=None)
 def test_the_same_placement_moves_nothing(plan, block_bytes):
     found = migration(placed(plan), plan, block_bytes, make_cluster())
     assert found.num_bytes == 0
@@ -81,7 +79,6 @@ def test_the_same_placement_moves_nothing(plan, block_bytes):
 
 
 @given(chains(), chains(), sizes)
-@settings(deadline=None)
 def test_transfer_time_on_one_channel_is_twice_the_bytes_over_its_rate(old, new, block_bytes):
     found = migration(placed(old), new, block_bytes, make_cluster())
     assert found.transfer_s == pytest.approx(2 * found.num_bytes / 1e6)
@@ -114,7 +111,6 @@ def test_blocks_without_a_holder_are_lost():
 
 
 @given(chains(), chains(), sizes, st.data())
-@settings(deadline=None)
 def test_what_remains_is_what_has_not_arrived(old, new, block_bytes, data):
     cluster = make_cluster()
     found = migration(placed(old), new, block_bytes, cluster)
@@ -133,7 +129,7 @@ def test_twins_are_equal_devices_on_equal_paths():
 
 
 @given(chains(), chains(), sizes)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_relabelling_never_moves_more(old, new, block_bytes):
     cluster, held = make_cluster(), placed(old)
     other = relabelled(new, held, twins(cluster), block_bytes)

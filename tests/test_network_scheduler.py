@@ -112,7 +112,7 @@ def sends_of(schedule):
 
 
 @given(steps(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_never_worse_than_first_come_first_served(step, training):
     plan, costs, cluster = step
     if not training:
@@ -140,7 +140,7 @@ def test_urgent_gradient_overtakes_activations_that_are_early():
 
 
 @given(steps(), st.integers(0, 3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_seed_gives_one_schedule(step, seed):
     plan, costs, cluster = step
     first, again = (
@@ -150,7 +150,7 @@ def test_a_seed_gives_one_schedule(step, seed):
 
 
 @given(steps())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_more_plays_are_never_worse(step):
     plan, costs, cluster = step
     ends = [
@@ -166,7 +166,7 @@ def test_more_plays_are_never_worse(step):
 
 
 @given(steps(), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_send_has_a_transfer(step, training):
     plan, costs, cluster = step
     schedule = schedule_network(plan, costs, cluster, training=training, max_plays=3)
@@ -201,7 +201,7 @@ def test_one_stage_sends_nothing():
 
 
 @given(steps())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_plan_with_transfers_survives_json(step):
     plan, costs, cluster = step
     schedule = schedule_network(plan, costs, cluster, max_plays=10)
@@ -227,7 +227,7 @@ def test_a_missing_link_is_an_error():
 
 
 @given(steps(), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_order_beats_the_bound(step, seed):
     plan, costs, cluster = step
     # The bound is of the pipeline: inputs elsewhere only make it later.
@@ -244,7 +244,7 @@ def test_no_order_beats_the_bound(step, seed):
 
 
 @given(st.integers(1, 6), st.sampled_from(["1f1b", "gpipe"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_bound_of_one_stage_is_its_work(num_microbatches, kind):
     plan = make_plan(1, [[1]], num_microbatches=num_microbatches, schedule_kind=kind)
     costs = make_costs(
@@ -255,7 +255,7 @@ def test_bound_of_one_stage_is_its_work(num_microbatches, kind):
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bound_of_two_stages_without_contention_is_reached(data):
     plan = make_plan(
         2,

@@ -375,7 +375,7 @@ def brute_force(problem):
     return [(*value, by_speed) for value, by_speed in values if value]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problem=problems(), slack=st.floats(1.0, 1.5))
 def test_search_against_brute_force(problem, slack):
     values = brute_force(problem)
@@ -412,7 +412,7 @@ def bounds_of(known, cluster):
     return {chain.groups: chain for chain in chains}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problem=problems(max_blocks=4))
 # Gradients that are reduced during the last backward keep one channel busy until the end.
 @example(problem=make_problem(182, max_blocks=4))
@@ -432,7 +432,7 @@ def test_no_layout_beats_its_bounds(problem):
         assert chain.bound_j <= price_j * (1 + 1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(problem=problems())
 def test_plans_are_a_front_within_memory(problem):
     profile, cluster, workload = problem
@@ -466,7 +466,7 @@ def test_plans_are_a_front_within_memory(problem):
         assert not all(x <= y * (1 - 1e-6) for x, y in zip(a, b, strict=True))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(problem=problems(), seed=st.integers(0, 3))
 def test_a_seed_gives_one_result(problem, seed):
     first, again = (search(*problem, effort_s=EFFORT_S, seed=seed) for _ in range(2))
@@ -773,7 +773,7 @@ def test_long_prompts_are_pipelined():
     assert result.plans[0].cost.ttft_s < 0.7 * result.best_single.cost.ttft_s
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     times=st.lists(st.lists(seconds, min_size=3, max_size=3), min_size=2, max_size=2),
     rate=st.sampled_from([1e3, 1e5, 1e7]),

@@ -84,7 +84,7 @@ def round_trip(x: torch.Tensor, format: Format, **options) -> torch.Tensor:
 # ------------------------------------------------------------ the same bits everywhere
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(tensors(), FORMATS, SEEDS, st.integers(0, 2**33), st.booleans(), st.booleans())
 def test_quantize_native_equals_reference(x, format, seed, first_index, has_error, has_factors):
     size = x.double().abs().mean().clamp(max=1e30).float()
@@ -106,7 +106,7 @@ def test_quantize_native_equals_reference(x, format, seed, first_index, has_erro
         assert torch.equal(bits(ours), bits(decoded))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tensors(), FORMATS, st.sampled_from(DTYPES))
 def test_quantize_native_decodes_as_reference(x, format, dtype):
     wire = reference.quantize_pack(x, format)
@@ -144,7 +144,7 @@ def test_quantize_rounds_every_bfloat16_as_reference(name):
         assert torch.equal(ours, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(0, 2 * TILE + 99), FORMATS, SEEDS)
 def test_quantize_sum_equals_reference(num_wires, numel, format, seed):
     wires = [quantize_pack(made("normal", numel, seed + k), format) for k in range(num_wires)]
@@ -157,7 +157,7 @@ def test_quantize_sum_equals_reference(num_wires, numel, format, seed):
         assert torch.equal(ours, expected)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 5), st.sampled_from((1, 64, 100, TILE + 5)), st.sampled_from(DTYPES), SEEDS)
 def test_quantize_channel_factors_equal_reference(rows, channels, dtype, seed):
     x = torch.stack([made(k, channels, seed) for k in ("normal", "zeros", "tiny", "huge", "mixed")])
@@ -184,7 +184,7 @@ def test_quantize_golden_vectors():
 # ------------------------------------------------------------ shapes
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(FORMATS, st.integers(1, 4 * TILE), st.integers(1, 3), st.booleans(), SEEDS)
 def test_quantize_pieces_equal_whole(format, numel, cut_tiles, has_factors, seed):
     x = made("normal", numel, seed)

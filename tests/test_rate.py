@@ -69,7 +69,7 @@ round_trips = st.sampled_from([0.0002, 0.002, 0.01, 0.04])
 
 
 @given(rates.filter(lambda rate: rate > 10 * MBIT), round_trips)  # of slower ones, too few chunks
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rate_constant_is_found_within_200_ms(rate, rtt_s):
     link = Link(rate, rtt_s=rtt_s)
     while link.now_s < 0.2:
@@ -80,7 +80,7 @@ def test_rate_constant_is_found_within_200_ms(rate, rtt_s):
 
 
 @given(rates, round_trips)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rate_drop_to_30_percent_is_followed_within_3_s(rate, rtt_s):
     link = Link(rate, rtt_s=rtt_s)
     link.run(2)
@@ -89,7 +89,7 @@ def test_rate_drop_to_30_percent_is_followed_within_3_s(rate, rtt_s):
 
 
 @given(rates, round_trips)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rate_rise_to_3x_is_found_within_5_s_in_spite_of_pacing(rate, rtt_s):
     link = Link(rate, rtt_s=rtt_s)
     link.run(2)
@@ -98,7 +98,7 @@ def test_rate_rise_to_3x_is_found_within_5_s_in_spite_of_pacing(rate, rtt_s):
 
 
 @given(rates, round_trips)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_pace_uses_the_link_and_leaves_no_queue(rate, rtt_s):
     link = Link(rate, rtt_s=rtt_s, buffer_bytes=max(32 * KIB, rate // 50))
     link.run(8)
@@ -119,7 +119,7 @@ def test_rate_does_not_decay_in_10_minutes_of_pacing():
 
 
 @given(st.integers())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_rate_with_late_acknowledgements_stays_near(seed):
     random = Random(seed)
     link = Link(100 * MBIT, jitter_s=lambda: random.uniform(0, 0.002))
@@ -226,7 +226,6 @@ def estimator_of(rate, chunks=300, chunk_bytes=64 * KIB):
 
 
 @given(st.floats(1e4, 1e10))
-@settings(deadline=None)
 def test_chunk_is_2_ms_in_steps_of_4_kib_within_limits(rate):
     chunk = estimator_of(rate)[0].chunk_bytes()
     assert chunk % (4 * KIB) == 0

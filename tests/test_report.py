@@ -400,7 +400,7 @@ SPANS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(SPANS, max_size=12))
 def test_any_timeline_makes_a_page(run, spans):
     timeline = Timeline(source="measured", num_ranks=5, spans=tuple(spans))

@@ -70,7 +70,7 @@ def step(queue, oracle, random, id, now_s):
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([1, 40, UNLIMITED]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_queue_equals_oracle_in_random_use(random, credit):
     queue, oracle, now_s = SendQueue(1.0, credit), Oracle(1.0, credit), 0.0
     for id in range(120):

@@ -42,7 +42,7 @@ from dora.spec import (
     warmup_for,
 )
 
-few = settings(max_examples=50, deadline=None)  # the speed of this machine decides nothing
+few = settings(max_examples=50)
 
 # ------------------------------------------------------------ messages
 
@@ -723,7 +723,7 @@ def priced_plans(draw: st.DrawFn) -> Priced:
     return Priced(plan, layout, known, costs, cluster, prediction)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(priced_plans())
 def test_planner_and_simulator_agree(case):
     """They walk the same lists: one builds them in C++, the other from the runtime's schedule."""

@@ -419,7 +419,6 @@ def test_every_type_has_a_strategy():
 
 few = settings(
     max_examples=10,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
@@ -529,7 +528,6 @@ def test_text_that_is_no_action(text):
         Action.from_str(text)
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3),
     n=st.integers(1, 40),
@@ -544,7 +542,6 @@ def test_route_counts_match_shares_within_one(weights, n):
             assert abs(count - share * n) <= 1
 
 
-@settings(deadline=None)
 @given(given_counts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_route_counts_are_exact_for_whole_numbers(given_counts):
     n = sum(given_counts)

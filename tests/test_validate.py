@@ -63,7 +63,7 @@ def plans(draw, kinds=tuple(SCHEDULES)):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     plan=plans(),
     prefetch=st.integers(0, 5),
@@ -78,7 +78,7 @@ def test_validate_accepts_what_is_built(plan, prefetch, training, reduce_all):
     assert peak_in_flight(schedule) == in_flight_bounds(plan, training=training)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plan=plans(kinds=("1f1b",)))
 def test_peak_in_flight_is_at_most_the_window(plan):
     peaks = peak_in_flight(build_schedule(plan))
@@ -267,7 +267,7 @@ def test_validate_number_of_ranks():
         validate(Schedule(actions_by_rank=((),)), PLAN)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(plan=plans(), data=st.data())
 def test_validate_notices_any_dropped_or_repeated_action(plan, data):
     ranks = [list(actions) for actions in build_schedule(plan).actions_by_rank]
