@@ -209,7 +209,7 @@ def test_nothing_changes_when_all_is_as_predicted(kind, every, tmp_path):
         assert results == pytest.approx(plain(kind, 30), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["train", "infer"])
+@pytest.mark.parametrize("kind", [pytest.param("train", marks=pytest.mark.slow), "infer"])
 def test_a_slow_device_is_left_behind(kind, tmp_path):
     log = tmp_path / "decisions.jsonl"
     options = {"slow": {1: 15}, "every": 1, "log": str(log)}

@@ -133,6 +133,7 @@ def test_traffic_of_the_engine_takes_its_time_and_is_counted():
     assert all(usage.busy_s > 0 and usage.peak_bytes > 10 * MB for usage in activity.usage)
 
 
+@pytest.mark.slow
 def test_two_testbeds_do_not_see_each_other():
     with testbed_of(2) as a, testbed_of(2) as b:
         jobs = [job_of(testbed, JOIN + SUM + LEAVE) for testbed in (a, b)]
@@ -163,6 +164,7 @@ def test_device_computes_at_its_share():
 # ------------------------------------------------------------ what happens to devices
 
 
+@pytest.mark.slow
 def test_killed_device_starts_again():
     text = JOIN + "print('joined')\n" + SPIN
     with testbed_of(2) as testbed:
@@ -194,6 +196,7 @@ def test_paused_device_does_nothing_until_it_is_resumed():
         until(lambda: not is_stopped(process.pid) and not is_stopped(again.pid))
 
 
+@pytest.mark.slow
 def test_disconnected_device_gets_nothing_until_it_is_back():
     wait = "time.sleep(1.5)\n"
     with testbed_of(2) as testbed:

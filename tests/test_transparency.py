@@ -126,7 +126,16 @@ def compare_all(rank: int, name: str) -> dict[str, dict[str, float]]:
 
 
 # One with dropout, which takes half as long again, and one of a kind are enough for every day.
-SLOW = ("bert_dropout", "gpt2", "gpt2_dropout", "patches", "patches_dropout")
+SLOW = (
+    "bert_dropout",
+    "encoder",
+    "gpt2",
+    "gpt2_dropout",
+    "patches",
+    "patches_dropout",
+    "tied",
+    "vit",
+)
 
 
 @pytest.mark.timeout(180)
