@@ -17,7 +17,7 @@ BUSY_SHARE = 0.1
 # Processes add to a round trip; where the network's own part is not larger, it is not seen.
 LEAST_ROUND_TRIP_S = 1e-3
 # Predictions are some percent off; and a range of a thousand, halved so often, is known to 6 %.
-_DOUBT, _HALVINGS = 1.15, 7
+DOUBT, _HALVINGS = 1.15, 7
 
 
 class LinkGauges:
@@ -118,7 +118,7 @@ def believable(
         return found.time_s if found is not None else 0.0
 
     low, high = 1.0, 1 / max(min(rates.values(), default=1.0), 1e-3)
-    if not call_s or high <= 1 or time_s(low) <= _DOUBT * call_s:
+    if not call_s or high <= 1 or time_s(low) <= DOUBT * call_s:
         return dict(rates)
     for _ in range(_HALVINGS):
         middle = sqrt(low * high)
