@@ -198,9 +198,8 @@ def plain(kind: str, steps: int, rows: int = 1) -> list[float]:
     return results
 
 
-@pytest.mark.parametrize(
-    ("kind", "every"), [pytest.param("train", 1, marks=pytest.mark.slow), ("infer", None)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "every"), [("train", 1), ("infer", None)])
 def test_nothing_changes_when_all_is_as_predicted(kind, every, tmp_path):
     options = {"every": every, "log": str(tmp_path / "log")}
     for results, ran, events in run_ranks(2, job, 2, kind, 30, options, timeout_s=40):

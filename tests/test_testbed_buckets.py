@@ -299,6 +299,7 @@ def test_nothing_is_left_of_a_testbed_that_ends(number):
         assert all(map(is_over, started))
 
 
+@pytest.mark.slow
 def test_what_is_in_use_is_not_left_over():
     with held() as (_, pids, below):
         remove_left_over()

@@ -133,6 +133,7 @@ SLOW = (
     "gpt2_dropout",
     "patches",
     "patches_dropout",
+    "qwen3",
     "tied",
     "vit",
 )
