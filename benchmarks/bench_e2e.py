@@ -6,7 +6,7 @@ share; all planners get these profiles and the emulated cluster. Their plans are
 executor, over gloo and over the engine, beside torch.distributed.pipelining and DDP on gloo.
 
 All contenders of a cell live in the same processes and take turns. Needs root and a machine that
-does nothing else; about 45 minutes, with --quick one cell.
+does nothing else; about an hour, with --quick one cell.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import NamedTuple
 
 from common import Metric, finish, write_csv
 from e2e_fleet import Fleet
-from e2e_plans import HOPELESS, Contender, contenders
+from e2e_plans import HOPELESS, Contender, contenders, predicted_at
 from e2e_report import bounds, rows, show
 from e2e_tasks import TASKS, Task, network_factor
 
@@ -51,6 +51,8 @@ class Result(NamedTuple):
     """What a contender did: seconds, joules as modelled from measured activity, one timeline.
 
     Attributes:
+        slowdowns: Of each turn, by device: processor time of the same work over that when profiled.
+        predicted_now: What the plan takes with the median of these.
         in_time: Share of the frames of a stream that were done by their deadline.
         memory: Of each device of Dora's plan, (predicted, measured) bytes.
     """
@@ -58,6 +60,8 @@ class Result(NamedTuple):
     contender: Contender
     times_s: list[float]
     energy_j: list[float]
+    slowdowns: list[dict[str, float]]
+    predicted_now: Timeline | None = None
     timeline: Timeline | None = None
     in_time: float | None = None
     memory: tuple[tuple[str, int, int], ...] = ()
@@ -78,14 +82,20 @@ def cluster_of(name: str) -> Cluster:
     return load_cluster(path) if path.exists() else scenario(name).cluster
 
 
-def profiled(fleet: Fleet, task: Task) -> ModelProfile:
-    """Measures the blocks on all devices at once, each within its own share."""
+def profiled(fleet: Fleet, task: Task) -> tuple[ModelProfile, list[float]]:
+    """Measures the blocks on all devices at once, each within its own share.
+
+    Returns:
+        The profile, and how long each device took for a pass while it was made.
+    """
     fleet.testbed.limit()
     names = [device.name for device in fleet.testbed.cluster.devices]
     sizes = sorted({1, *microbatch_sizes(task.workload)[1::2]})
+    before = fleet.ask_all("pass_s", task.name)
     parts = fleet.ask("profile", [(task.name, name, sizes) for name in names])
+    passes_s = [mean(pair) for pair in zip(before, fleet.ask_all("pass_s", task.name), strict=True)]
     fleet.testbed.lift()
-    return merge_profiles([ModelProfile.from_json(part) for part in parts])
+    return merge_profiles([ModelProfile.from_json(part) for part in parts]), passes_s
 
 
 def set_network(fleet: Fleet, factor: float) -> Cluster:
@@ -106,10 +116,11 @@ def set_network(fleet: Fleet, factor: float) -> Cluster:
 def run_cell(fleet: Fleet, name: str, task: Task, repeats: int) -> Cell:
     """Profiles, plans and measures one task on one cluster."""
     say = progress(f"{name} {task.name}")
-    profile = profiled(fleet, task)
+    profile, passes_s = profiled(fleet, task)
     say("profiled")
     factor = network_factor(task, profile)
-    entrants = list(contenders(task, profile, set_network(fleet, factor)))
+    cluster = set_network(fleet, factor)
+    entrants = list(contenders(task, profile, cluster))
     say(f"{len(entrants)} contenders planned")
     set_network(fleet, BUILD_FACTOR)
     for e in entrants:
@@ -117,7 +128,11 @@ def run_cell(fleet: Fleet, name: str, task: Task, repeats: int) -> Cell:
         fleet.ask_all("build", e.name, e.kind, task.name, e.transport, plan)
     set_network(fleet, factor)
     say("built")
-    found = take_turns(fleet, task, entrants, repeats)
+    found = take_turns(fleet, task, entrants, repeats, passes_s)
+    for i, r in enumerate(found):
+        if r.contender.plan:
+            again = predicted_at(r.contender, middle(r.slowdowns), task, profile, cluster)
+            found[i] = r._replace(predicted_now=again)
     if task.is_stream:
         found = [stream(fleet, r, entrants[0]) if len(r.times_s) > REQUESTS else r for r in found]
     say("measured")
@@ -145,9 +160,14 @@ def progress(what: str) -> Callable[[str], None]:
 
 
 def take_turns(
-    fleet: Fleet, task: Task, entrants: Sequence[Contender], repeats: int
+    fleet: Fleet,
+    task: Task,
+    entrants: Sequence[Contender],
+    repeats: int,
+    passes_s: Sequence[float],
 ) -> list[Result]:
-    """Lets all contenders run in turns, in changing order."""
+    """Lets all contenders run in turns, in changing order; `passes_s` is of the profile."""
+    names = [device.name for device in fleet.testbed.cluster.devices]
     losses = {}
     for entrant in entrants:  # shapes are found once, at full speed
         ranks = fleet.ask_all("run", entrant.name, 1)
@@ -155,8 +175,9 @@ def take_turns(
         losses |= {entrant.name: known[-1]} if known else {}
     check_equal(losses)
     fleet.testbed.limit()
-    found = {entrant.name: Result(entrant, [], []) for entrant in entrants}
+    found = {entrant.name: Result(entrant, [], [], []) for entrant in entrants}
     count = 1 if task.is_training else REQUESTS
+    before = fleet.ask_all("pass_s", task.name)
     for i in range(repeats):
         fastest_s = min((median(r.times_s) for r in found.values() if r.times_s), default=0.0)
         for entrant in list(entrants)[:: 1 if i % 2 else -1]:
@@ -171,7 +192,16 @@ def take_turns(
             times_s.extend(taken_s)
             joules = energy_j(fleet, entrant, activity, sum(taken_s)) / count
             found[entrant.name].energy_j.append(joules)
+            after = fleet.ask_all("pass_s", task.name)
+            ratios = [(a + b) / 2 / p for a, b, p in zip(before, after, passes_s, strict=True)]
+            found[entrant.name].slowdowns.append(dict(zip(names, ratios, strict=True)))
+            before = after
     return [found[entrant.name] for entrant in entrants]
+
+
+def middle(slowdowns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns each device's median."""
+    return {name: median(turn[name] for turn in slowdowns) for name in slowdowns[0]}
 
 
 def check_equal(losses: Mapping[str, float]) -> None:

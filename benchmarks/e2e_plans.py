@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from e2e_tasks import Task
@@ -12,7 +12,7 @@ from dora.errors import InfeasiblePlanError
 from dora.judge import Case, Entry, case_of, play
 from dora.planner import search
 from dora.planner.baselines import BASELINES
-from dora.spec import Cluster, ModelProfile, Plan, QoE, Timeline
+from dora.spec import BlockCost, Cluster, ModelProfile, Plan, QoE, Timeline, Timing
 
 DORA, THRIFTY = "dora", "dora for energy"
 RIVALS = (
@@ -56,6 +56,10 @@ class Contender(NamedTuple):
         return "gloo" if self.over == "gloo" else "dora"
 
     @property
+    def discipline(self) -> str:
+        return "fair" if self.over == "gloo" else "priority"
+
+    @property
     def devices(self) -> set[str] | None:
         """The devices that take part; None is all."""
         if self.plan is None:
@@ -77,6 +81,7 @@ def contenders(task: Task, profile: ModelProfile, cluster: Cluster) -> Iterator[
     yield Contender((TORCH_PIPELINE,), "gloo", "torch-pipeline")
     if task.is_training:
         yield Contender((DDP,), "gloo", "ddp")
+        yield Contender((DDP,), "engine", "ddp")
 
 
 def _plans(
@@ -109,6 +114,34 @@ def _ways(names: tuple[str, ...], plan: Plan, case: Case, limit_s: float) -> Ite
     if DORA in names and plan.transfers:
         yield Contender(names, "engine, first come", plan=bare, predicted=play(bare, case))
     yield Contender(names, "gloo", plan=bare, predicted=play(bare, case, discipline="fair"))
+
+
+def predicted_at(
+    contender: Contender,
+    slowdowns: Mapping[str, float],
+    task: Task,
+    profile: ModelProfile,
+    cluster: Cluster,
+) -> Timeline:
+    """Returns what a plan takes where devices need so many times as long as they were profiled."""
+    assert contender.plan is not None
+    case = case_of(_slowed(profile, slowdowns), cluster, task.workload, QoE())
+    return play(contender.plan, case, discipline=contender.discipline)
+
+
+def _slowed(profile: ModelProfile, factors: Mapping[str, float]) -> ModelProfile:
+    def timing(given: Timing) -> Timing:
+        times = {
+            name: getattr(given, name) * factors[given.device]
+            for name in ("forward_s", "backward_s")
+        }
+        return given.model_copy(update=times)
+
+    def cost(given: BlockCost) -> BlockCost:
+        return given.model_copy(update={"timings": tuple(map(timing, given.timings))})
+
+    blocks = [b.model_copy(update={"costs": tuple(map(cost, b.costs))}) for b in profile.blocks]
+    return profile.model_copy(update={"blocks": tuple(blocks)})
 
 
 def _content(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from common import Metric, Row, Samples, Table
 from e2e_plans import DDP, DORA, RELAXED, RIVALS, THRIFTY, TORCH_PIPELINE
 
 from dora.report.facts import exposed_s
+from dora.spec import Timeline
 from dora.views import describe
 
 if TYPE_CHECKING:
@@ -23,23 +24,29 @@ LEAST_BYTES = 16 << 20
 def show(cell: Cell) -> None:
     """Prints one line per contender."""
     title = f"{cell.scenario} {cell.task.name} (network x{cell.network:.1f})"
-    table = Table((title, "ms", "predicted", "J modelled", "plan"), width=(58, 20))
+    columns = ("ms", "predicted", "as fast as then", "J modelled", "plan")
+    table = Table((title, *columns), width=(58, 20))
     for result in cell.results:
         contender = result.contender
-        predicted = contender.predicted
         table.line(
             contender.name,
             str(Samples([1e3 * t for t in result.times_s])),
-            f"{1e3 * predicted.makespan_s:.0f} ({error(result):+.0%})" if predicted else "",
+            _beside(result, contender.predicted),
+            _beside(result, result.predicted_now),
             f"{median(result.energy_j):.3g}",
             "  " + (describe(contender.plan) if contender.plan else ""),
         )
 
 
-def error(result: Result) -> float:
-    """Returns the prediction of a plan's time over the measured median, less one."""
-    assert result.contender.predicted is not None
-    return result.contender.predicted.makespan_s / median(result.times_s) - 1
+def _beside(result: Result, predicted: Timeline | None) -> str:
+    if predicted is None:
+        return ""
+    return f"{1e3 * predicted.makespan_s:.0f} ({error(result, predicted):+.0%})"
+
+
+def error(result: Result, predicted: Timeline) -> float:
+    """Returns a prediction of a plan's time over the measured median, less one."""
+    return predicted.makespan_s / median(result.times_s) - 1
 
 
 def rows(cell: Cell) -> Iterator[Row]:
@@ -56,6 +63,11 @@ def rows(cell: Cell) -> Iterator[Row]:
             values["predicted_energy", "J"] = [predicted.energy_j]
             exposed = exposed_s(predicted)
             values["predicted_exposed_communication", "s"] = [] if exposed is None else [exposed]
+        if result.predicted_now is not None:
+            now_s = result.predicted_now.makespan_s
+            values["predicted_time_as_fast_as_measured", "s"] = [now_s]
+            for name in result.slowdowns[0]:
+                values[f"slowdown_since_profile {name}", "1"] = [s[name] for s in result.slowdowns]
         if result.timeline is not None:
             exposed = exposed_s(result.timeline)
             values["measured_exposed_communication", "s"] = [] if exposed is None else [exposed]
@@ -76,7 +88,9 @@ def bounds(cells: list[Cell]) -> dict[str, Metric]:
     """Returns what the benchmark promises, and what comes with it."""
     gains = {(cell.scenario, cell.task.name): gain(cell) for cell in cells}
     contended = [value for (name, _), value in gains.items() if name in CONTENDED]
-    errors = [abs(error(r)) for cell in cells for r in cell.results if r.contender.predicted]
+    results = [r for cell in cells for r in cell.results]
+    errors = [abs(error(r, p)) for r in results if (p := r.contender.predicted)]
+    errors_now = [abs(error(r, p)) for r in results if (p := r.predicted_now)]
     memory = [abs(m / p - 1) for cell in cells for p, m in [largest(cell)] if p >= LEAST_BYTES]
     saved = [value for cell in cells if (value := energy_saved(cell)) is not None]
     found = {
@@ -85,6 +99,8 @@ def bounds(cells: list[Cell]) -> dict[str, Metric]:
         "gain_over_best": _info(_mean(gains.values())),
         "prediction_error_median": _at_most(Samples(errors).median, 0.10),
         "prediction_error_p95": _at_most(Samples(errors).percentile(95), 0.20),
+        "prediction_error_as_fast_as_then_median": _info(Samples(errors_now).median),
+        "prediction_error_as_fast_as_then_p95": _info(Samples(errors_now).percentile(95)),
         "memory_error_most": _at_most(max(memory, default=0.0), 0.10),
         "energy_saved_median": _info(median(saved) if saved else None),
         "energy_saved_most": _info(max(saved, default=None)),

@@ -28,11 +28,14 @@ from dora import DoraParallel
 from dora.partition import partition
 from dora.profiler import profile_model
 from dora.runtime.overhead import measure_overhead
+from dora.runtime.process_group import register
 from dora.spec import Plan, Timeline
 
 # A rival may take long; who is slower than this for one step has lost.
 TIMEOUT_S = 90.0
 _M_MMAP_THRESHOLD = -3  # malloc.h
+# How long a device is watched to know how fast it is now.
+_PROBE_S = 0.15
 
 
 class Dora:
@@ -110,11 +113,12 @@ class TorchPipeline:
 
 
 class DDP:
-    """torch's data parallelism: equal shares of the batch, on gloo."""
+    """torch's data parallelism: equal shares of the batch, on gloo or the engine."""
 
     def __init__(self, task: Task, transport: str, plan: Plan) -> None:
         self.task = task
-        self.model = DistributedDataParallel(task.model())
+        self.group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S), backend=transport)
+        self.model = DistributedDataParallel(task.model(), process_group=self.group)
 
     def run(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """Runs a step on this rank's share; its loss is that of the share."""
@@ -128,7 +132,7 @@ class DDP:
         self.model.zero_grad()
 
     def close(self) -> None:
-        pass
+        dist.destroy_process_group(self.group)
 
 
 KINDS = {"plan": Dora, "torch-pipeline": TorchPipeline, "ddp": DDP}
@@ -140,10 +144,12 @@ class Worker:
     def __init__(self) -> None:
         self.contenders: dict[str, Any] = {}
         self.batches: list[Any] = []
+        self.probes: dict[str, Any] = {}
 
     def join(self, environment: dict[str, str]) -> None:
         """Joins the other devices."""
         os.environ.update(environment)
+        register()
         dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
 
     def profile(self, task_name: str, device: str, sizes: list[int]) -> str:
@@ -163,6 +169,23 @@ class Worker:
             name=task.name,
             overhead=measure_overhead,
         ).to_json()
+
+    def pass_s(self, task_name: str) -> float:
+        """Returns the processor seconds of a sample's forward pass, as fast as this device is now.
+
+        Machines drift within seconds; this tells how far from what was profiled.
+        """
+        task = TASKS[task_name]
+        if task_name not in self.probes:
+            self.probes[task_name] = task.model().eval(), task.batch(0)[0][:1]
+        model, sample = self.probes[task_name]
+        with torch.no_grad():
+            model(sample)
+            count, end_s, start_s = 0, time.perf_counter() + _PROBE_S, time.thread_time()
+            while not count or time.perf_counter() < end_s:
+                model(sample)
+                count += 1
+        return (time.thread_time() - start_s) / count
 
     def build(self, name: str, kind: str, task_name: str, transport: str, plan: str) -> None:
         """Adds a contender."""
