@@ -20,10 +20,11 @@ from dora.planner.chains import MAX_DEVICES
 from dora.planner.cost import microbatch_size
 from dora.planner.exploration import MAX_COMPLETE, OBJECTIVES, TOLERANCE, Exploration
 from dora.planner.layouts import costs_of
-from dora.planner.limits import at_percentile, limits
-from dora.planner.predict import setting
+from dora.planner.limits import Limit, at_percentile, broken, limits
+from dora.planner.predict import Prediction, setting
 from dora.planner.select import Candidate, best_single, kept, nearest_text, rejections, to_plans
 from dora.scheduler import schedule_network
+from dora.scheduler.network import CLEAR_GAIN
 from dora.simulator import simulate
 from dora.spec import Cluster, ModelProfile, Plan, QoE, Workload
 
@@ -44,8 +45,10 @@ class SearchResult(NamedTuple):
         best_single: Best plan on one device, even if it breaks the QoE; None if none has the
             memory for the model.
         problem: Why `plans` is empty, in one line; '' otherwise.
-        is_optimal: No chain of groups at the windows and shares tried is better than the first.
-        gap: What any of those could still gain at most, as a share of the first one's value.
+        is_optimal: No chain of groups at the windows and shares tried is better than the first, as
+            far as the search tells them apart: each with its transfers by their tails.
+        gap: What any of those could still gain at most, as a share of the first one's value. That
+            is of its own order of transfers, which is up to `CLEAR_GAIN` behind that by tails.
         num_placements: Chains of device groups that were bounded.
         num_evaluated: Layouts that were played.
     """
@@ -146,9 +149,11 @@ def _result(run: Exploration, objective: str, floor: float) -> SearchResult:
     best = chosen[0].value(objective) if chosen else inf
     is_optimal = bool(chosen) and floor >= best * (1 - TOLERANCE)
     plans = [
-        guarded(scheduled(plan, candidate, network), run.max_loss)
+        guarded(scheduled(plan, candidate, network, run.wanted), run.max_loss)
         for plan, candidate in zip(to_plans(chosen, names), chosen, strict=True)
     ]
+    plans.sort(key=lambda plan: _value(plan, objective))  # the order of transfers may change it
+    reached = _value(plans[0], objective) if plans else 0.0
     return SearchResult(
         plans=plans,
         rejected=rejections(
@@ -157,7 +162,7 @@ def _result(run: Exploration, objective: str, floor: float) -> SearchResult:
         best_single=to_plans([single], names)[0] if single else None,
         problem=problem,
         is_optimal=is_optimal,
-        gap=max(0.0, 1 - floor / best) if chosen and best and not is_optimal else 0.0,
+        gap=max(0.0, 1 - floor / reached) if reached else 0.0,
         num_placements=run.num_chains,
         num_evaluated=len(run.seen),
     )
@@ -170,20 +175,55 @@ def guarded(plan: Plan, max_loss: float) -> Plan:
     return plan.model_copy(update={"max_accuracy_loss": max_loss})
 
 
-def scheduled(plan: Plan, candidate: Candidate, cluster: Cluster) -> Plan:
-    """Returns a plan with its transfers in the order that the network scheduler found for them."""
+def _value(plan: Plan, objective: str) -> float:
+    """Returns seconds or joules."""
+    assert plan.cost is not None
+    return plan.cost.makespan_s if objective == "time" else plan.cost.energy_j
+
+
+def scheduled(
+    plan: Plan, candidate: Candidate, cluster: Cluster, wanted: tuple[Limit, ...] = ()
+) -> Plan:
+    """Returns a plan with its transfers in the order that the network scheduler found for them.
+
+    By consumer, unless that takes so much longer than another order that a limit breaks.
+    """
     known = candidate.known
     if len(plan.stages) == 1 or known.decode is not None:
         return plan
+    found = _ordered(plan, candidate, cluster, CLEAR_GAIN)
+    if broken(wanted, candidate.layout, _delayed(candidate, found), known):
+        found = _ordered(plan, candidate, cluster, 0.0)
+    return found
+
+
+def _ordered(plan: Plan, candidate: Candidate, cluster: Cluster, clear_gain: float) -> Plan:
+    known = candidate.known
     costs = costs_of(candidate.layout, known, plan)
     schedule = schedule_network(
-        plan, costs, cluster, training=known.training, max_plays=NETWORK_PLAYS
+        plan,
+        costs,
+        cluster,
+        training=known.training,
+        max_plays=NETWORK_PLAYS,
+        clear_gain=clear_gain,
     )
     timeline = simulate(plan, schedule, costs, cluster)
     assert plan.cost is not None
     better = {"makespan_s": timeline.makespan_s, "energy_j": timeline.energy_j}
     cost = plan.cost.model_copy(update=better)
     return plan.model_copy(update={"transfers": schedule.transfers, "cost": cost})
+
+
+def _delayed(candidate: Candidate, plan: Plan) -> Prediction:
+    """Returns the prediction of a candidate that takes as long as the plan, waiting meanwhile."""
+    before, devices = candidate.prediction, candidate.known.devices
+    more_s = _value(plan, "time") - before.makespan_s
+    energy_j = (
+        joules + devices[d].idle_w * more_s
+        for d, joules in zip(candidate.layout.devices, before.energy_j, strict=True)
+    )
+    return before._replace(makespan_s=_value(plan, "time"), energy_j=tuple(energy_j))
 
 
 def default_effort_s(num_devices: int) -> float:

@@ -39,6 +39,7 @@ def schedule_network(
     training: bool = True,
     max_plays: int = 100,
     seed: int = 0,
+    clear_gain: float = CLEAR_GAIN,
 ) -> Schedule:
     """Returns what every rank does, with a transfer for every message.
 
@@ -53,13 +54,14 @@ def schedule_network(
         training: False gives forwards only.
         max_plays: Times that the schedule is simulated to improve its order.
         seed: Of the order in which swaps are tried; the same seed gives the same schedule.
+        clear_gain: What an order has to gain over that by consumer to be taken instead.
 
     Raises:
         ValueError: No link joins two devices that exchange messages.
     """
     schedule = build_schedule(plan, training=training)
     compiled = compile_step(plan, schedule, costs, cluster)
-    priorities = best_order(compiled, max_plays=max_plays, seed=seed)
+    priorities = best_order(compiled, max_plays=max_plays, seed=seed, clear_gain=clear_gain)
     transfers = [
         _transfer(compiled, t, priority, plan, costs, cluster)
         for t, priority in enumerate(priorities)
@@ -68,7 +70,9 @@ def schedule_network(
     return schedule.model_copy(update={"transfers": tuple(transfers)})
 
 
-def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[float]:
+def best_order(
+    compiled: Compiled, *, max_plays: int, seed: int = 0, clear_gain: float = CLEAR_GAIN
+) -> list[float]:
     """Returns the priority of every transfer: by consumer, or what beats that clearly.
 
     Rounds of reductions and inputs are in no plan: they keep `Program.priorities`.
@@ -77,6 +81,7 @@ def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[flo
         compiled: Its program is left with these priorities.
         max_plays: Orders that are tried.
         seed: Of the order in which swaps are tried.
+        clear_gain: See `schedule_network`.
     """
     program = compiled.program
     plain = _by_consumer(compiled)
@@ -98,7 +103,7 @@ def best_order(compiled: Compiled, *, max_plays: int, seed: int = 0) -> list[flo
                 break
         else:
             break
-    if value > values[0] * (1 - CLEAR_GAIN):
+    if value > values[0] * (1 - clear_gain):
         best = plain
     program.prioritise(best)
     return best
