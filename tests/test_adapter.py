@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import exp, inf, log
 from random import Random
 
@@ -168,6 +169,18 @@ def test_lost_devices_come_back_as_new():
     assert view.changed == {"box"}
     assert view.estimates["box"].num_seen == 0
     assert not monitor.view(3.0).changed
+
+
+def test_an_unseen_device_is_as_slow_as_all_others_are():
+    monitor = Monitor(["wifi"], ["phone", "box", "hub"])
+    monitor.speed("box", 0.4, 0.0)
+    assert monitor.view(0.0).estimates["phone"].factor == 1  # that is its own slowness
+    monitor.speed("hub", 0.8, 1.0)
+    monitor.lost("box", 2.0)
+    estimates = monitor.view(2.0).estimates
+    assert estimates["phone"].factor == pytest.approx(0.8)
+    assert estimates["wifi"].factor == 1
+    assert estimates["phone"].num_seen == 0
 
 
 def test_silent_devices_are_late():
@@ -371,6 +384,38 @@ def test_seen_late_items_count_more_than_predicted_ones():
     monitor.items(50, 50)
     made, standing = settle(monitor, Standing((PHONE,)), 20.0)
     assert standing.plans == (BOX,)
+
+
+def decided_when_late(monitor: Monitor, times: dict[int, Callable[..., float]], *plans: Plan):
+    """Returns the plan after half a dozen late items of the first one."""
+
+    def predict(plan, conditions):
+        factors = dict(conditions.factors)
+        time_s = times[id(plan)](lambda name: factors.get(name, 1.0))
+        return Forecast(time_s, 1.0, (time_s,))
+
+    monitor.items(6, 6)
+    _, standing, _ = decide(plans, Standing(plans[:1]), monitor.view(20.0), predict, free, Rules())
+    return standing.plans[0]
+
+
+def test_after_a_loss_the_plan_is_kept_that_is_as_late_as_any():
+    monitor = Monitor(["wifi"], ["phone", "box", "hub"])
+    for t in range(10):
+        monitor.speed("box", 0.78, float(t))
+        monitor.speed("hub", 0.7, float(t))
+    monitor.lost("hub", 10.0)
+    times = {id(BOX): lambda of: 0.8 / of("box"), id(PHONE): lambda of: 0.9 / of("phone")}
+    assert decided_when_late(monitor, times, BOX, PHONE) is BOX
+
+
+def test_plans_that_are_late_are_not_left_for_their_likes():
+    like = Plan(**{**BOX.model_dump(include={"devices", "stages", "schedule_kind"}),
+                   "num_microbatches": 2})  # fmt: skip
+    times = {id(BOX): lambda of: 0.7, id(like): lambda of: 0.65, id(PHONE): lambda of: 0.8}
+    assert decided_when_late(seen(), times, BOX, like, PHONE) is PHONE
+    times[id(like)] = lambda of: 0.5
+    assert decided_when_late(seen(), times, BOX, like) is like
 
 
 def test_late_share_follows_the_distribution():

@@ -53,7 +53,7 @@ def conditions(view: View, node: float, ahead_s: float = 0.0) -> Conditions:
     """
     factors = {name: 0.0 for name in view.gone}
     for name, e in view.estimates.items():
-        if name not in factors and (e.num_seen or node):
+        if name not in factors and (e.num_seen or node or e.factor != 1.0):
             level = e.factor * exp(node * e.spread + e.slope_per_s * ahead_s)
             factors[name] = max(level, LEAST_FACTOR)
     delays = {name: e.factor * exp(-node * e.spread) for name, e in view.delays.items()}

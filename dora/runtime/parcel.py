@@ -61,9 +61,9 @@ class Parcel(NamedTuple):
             {slot: _host_copy(tensor) for slot, tensor in self.tensors.items()}, self.note
         )
 
-    def chunks(self) -> list[torch.Tensor]:
+    def chunks(self, most_bytes: int = CHUNK_BYTES) -> list[torch.Tensor]:
         """Returns all tensors as messages: views of those on the CPU, copies of others."""
-        return [chunk for slot in sorted(self.tensors) for chunk in _chunks(self.tensors[slot])]
+        return [c for slot in sorted(self.tensors) for c in _chunks(self.tensors[slot], most_bytes)]
 
     def layout(self) -> Layout:
         """Returns what `room` needs."""
@@ -95,9 +95,9 @@ def room(layout: Layout) -> Parcel:
     return Parcel(tensors, layout["note"])
 
 
-def _chunks(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _chunks(tensor: torch.Tensor, most_bytes: int) -> list[torch.Tensor]:
     flat = tensor.cpu().contiguous().reshape(-1)
-    return list(flat.view(torch.uint8).split(CHUNK_BYTES)) if flat.numel() else []
+    return list(flat.view(torch.uint8).split(most_bytes)) if flat.numel() else []
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
