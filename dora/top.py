@@ -26,6 +26,7 @@ _SILENT_PERIODS = 3.0
 # Below that many columns a table leaves out what can be spared.
 _WIDE = 100
 _MAX_LINKS, _MAX_EVENTS = 12, 5
+_KINDS = {"train": "training", "infer": "serving", "generate": "generating", None: "starting"}
 _STYLES = {"running": "green", "idle": "cyan", "over": "dim"}
 
 
@@ -104,7 +105,7 @@ def frame(
         bound_s: What a call may take, where the job does not know.
     """
     leader = _leader(heard)
-    parts: list[RenderableType] = [_title(heard, leader), *_facts(leader, bound_s)]
+    parts: list[RenderableType] = [_title(heard, leader), *_facts(leader, bound_s), *_tokens(heard)]
     parts += [Text(), _ranks(heard, leader, width)]
     links = _links(heard, cluster, width)
     parts += [Text(), links] if links.row_count else []
@@ -160,10 +161,10 @@ def _leader(heard: Sequence[Heard]) -> Status:
 def _title(heard: Sequence[Heard], leader: Status) -> Text:
     age_s = min(one.age_s for one in heard)
     text = Text("dora top", style="bold")
-    what = {"train": "training", "infer": "serving", None: "starting"}[leader.kind]
+    what = _KINDS[leader.kind]
     num = len(leader.plan.devices)
     text.append(f"  {what}, {len(leader.members)} of {num} devices", style="not bold")
-    if leader.num_calls:
+    if leader.num_calls and leader.kind != "generate":
         text.append(f", {_call(leader)} {leader.num_calls}", style="not bold")
     problem = next((one.status.problem for one in heard if one.status.problem), "")
     if problem:
@@ -179,6 +180,8 @@ def _title(heard: Sequence[Heard], leader: Status) -> Text:
 
 def _facts(status: Status, bound_s: float | None) -> Iterator[Text]:
     yield Text(f"plan       {views.describe(status.plan)}")
+    if status.kind == "generate":
+        return
     yield Text(f"{_call(status):<10} {_time(status)}")
     bound_s = bound_s or status.bound_s
     if bound_s is None:
@@ -210,6 +213,21 @@ def _time(status: Status) -> str:
         f"{views.seconds(half_s)} measured, {predicted}; 95 % within {views.seconds(late_s)}{rate} "
         f"(last {len(status.recent_s)})"
     )
+
+
+def _tokens(heard: Sequence[Heard]) -> Iterator[Text]:
+    """Yields what the rank says that leads `generate`, if there is one."""
+    told = [one.status.tokens for one in heard if one.status.tokens is not None]
+    for tokens in sorted(told, key=lambda tokens: -tokens.in_flight)[:1]:
+        text = f"{tokens.tokens_per_s:.3g} per s"
+        for name, times in (("first", tokens.first_s), ("each further", tokens.further_s)):
+            if times is not None:
+                half, late = map(views.seconds, times)
+                text += f"; {name} after {half}, 95 % within {late}"
+        yield Text(f"tokens     {text}")
+        waiting = f", {tokens.waiting} waiting" * (tokens.waiting > 0)
+        ended = f"{tokens.num_requests} ended, {tokens.num_tokens} tokens in all"
+        yield Text(f"requests   {tokens.in_flight} in flight{waiting}; {ended}")
 
 
 def _call(status: Status) -> str:

@@ -40,6 +40,7 @@ from dora.spec import (
     TiedParameter,
     Timeline,
     Timing,
+    TokenStatus,
     Traffic,
     Transfer,
     Usage,
@@ -343,6 +344,17 @@ happenings = st.builds(
 shares = st.builds(
     Shares, computing=non_negative, waiting=non_negative, sending=maybe(non_negative)
 )
+latencies = maybe(st.tuples(non_negative, non_negative))
+token_statuses = st.builds(
+    TokenStatus,
+    num_tokens=small,
+    num_requests=small,
+    in_flight=small,
+    waiting=small,
+    tokens_per_s=non_negative,
+    first_s=latencies,
+    further_s=latencies,
+)
 statuses = st.builds(
     Status,
     at_s=non_negative,
@@ -357,11 +369,12 @@ statuses = st.builds(
     plan=plans(),
     predicted_s=maybe(non_negative),
     peak_bytes=maybe(num_bytes),
-    kind=st.sampled_from(["train", "infer", None]),
+    kind=st.sampled_from(["train", "infer", "generate", None]),
     in_call_s=maybe(non_negative),
     recent_s=tuples(non_negative),
     calls_per_s=maybe(non_negative),
     shares=maybe(shares),
+    tokens=maybe(token_statuses),
     bound_s=maybe(positive),
     links=tuples(link_statuses),
     events=tuples(happenings),
@@ -404,6 +417,7 @@ STRATEGIES = {
     LinkStatus: link_statuses,
     Happening: happenings,
     Shares: shares,
+    TokenStatus: token_statuses,
     Status: statuses,
 }
 

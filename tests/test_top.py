@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from plans import make_plan
 from ranks import outcomes, run_ranks
 from rich.console import Console
+from test_generation import build as build_lm
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -30,6 +31,7 @@ from dora.live import watching
 from dora.live.metrics import serve
 from dora.live.recorder import BUCKETS_S, Recorder
 from dora.live.relay import Relay
+from dora.live.tokens import Tokens
 from dora.runtime.turn import Call
 from dora.spec import Cluster, Cost, Device, DeviceMemory, Link, Medium, QoE, Status
 
@@ -306,6 +308,73 @@ def test_calls_are_counted(durations):
         assert sum(recorder.counts[: i + 1]) == sum(took_s <= bound_s for took_s in durations)
     assert recorder.computed_s == pytest.approx(sum(durations) / 2)
     assert recorder.waited_s == pytest.approx(sum(durations) / 4)
+
+
+# ---------------------------------------------------------------- tokens
+
+PROMPTS, LIMIT, PLACES = [[1, 2, 3]] * 5, 4, 2
+
+
+def generate(rank: int, folder: str, port: int) -> tuple[list[Any], str, Status]:
+    """Looks at both ranks in the middle of a call, and at the leader's metrics after it."""
+    os.environ.update(DORA_STATUS=folder, DORA_METRICS_PORT=str(port))
+    model, frames = build_lm("tiny", [[1], [1]], timeout_s=10.0), []
+
+    def look_in(request: int, token: int) -> None:
+        status = model.watch.write()
+        frames.append((status, shown(top.hear(Path(folder)), 120)))
+
+    model.generate(PROMPTS, LIMIT, max_in_flight=PLACES, on_token=look_in)
+    model.watch.write()
+    page = ""
+    if rank == 0:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            page = answer.read().decode()
+    dist.barrier()
+    state = model.watch.now()
+    model.close()
+    return frames, page, state
+
+
+def test_tokens_are_watched(tmp_path):
+    num_tokens = len(PROMPTS) * LIMIT
+    (frames, page, state), (others, _, other) = run_ranks(2, generate, str(tmp_path), two_ports())
+    assert len(frames) == num_tokens and not others
+    assert other.tokens is None and other.kind == state.kind == "generate"
+    for i, (status, _) in enumerate(frames):
+        assert (status.state, status.kind) == ("running", "generate")
+        told = status.tokens
+        assert told.num_tokens == i + 1 and told.tokens_per_s > 0
+        assert told.in_flight <= PLACES
+        assert told.in_flight + told.waiting + told.num_requests == len(PROMPTS)
+        assert 0 < told.first_s[0] <= told.first_s[1]
+    screen = " ".join(frames[-1][1].split())
+    assert "generating, 2 of 2 devices" in screen and "per s; first after" in screen
+    assert f"0 in flight; {len(PROMPTS)} ended, {num_tokens} tokens in all" in screen
+    assert state.state == "idle" and state.tokens.in_flight == 0
+    lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
+    value = {name: float(text) for name, text in lines.items()}
+    assert value["dora_tokens_total"] == num_tokens
+    assert value["dora_generated_requests_total"] == len(PROMPTS)
+    assert value["dora_first_token_seconds_count"] == len(PROMPTS)
+    assert value["dora_further_token_seconds_count"] == num_tokens - len(PROMPTS)
+    assert value["dora_requests_in_flight"] == 0 < value["dora_tokens_per_second"]
+
+
+@given(st.lists(st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=5), max_size=8))
+def test_times_of_tokens_are_those_between_them(gaps):
+    """Each request has a first time and further ones, whatever the others do meanwhile."""
+    tokens, now_s = Tokens(), 0.0
+    with tokens.call(3):
+        for request, waits_s in enumerate(gaps):
+            tokens.arrived(request, now_s)
+            for i, wait_s in enumerate(waits_s):
+                now_s += wait_s
+                tokens.came(request, now_s, is_last=i + 1 == len(waits_s))
+    assert tokens.first.total_s == pytest.approx(sum(waits_s[0] for waits_s in gaps))
+    assert tokens.further.total_s == pytest.approx(sum(sum(waits_s[1:]) for waits_s in gaps))
+    assert tokens.num_tokens == sum(map(len, gaps)) and tokens.num_requests == len(gaps)
+    assert tokens.num_open == (0, 0)
 
 
 def test_a_status_survives_its_file(run):

@@ -10,6 +10,7 @@ replaces `run/status/rank-N.json` (`dora.spec.Status`) once a second, for `dora 
 answers Prometheus at port 9400 + N.
 
 recorder.py      what is noted of every call, and counted
+tokens.py        the same of every token of `generate`
 snapshot.py      the notes and the model's public state -> Status
 relay.py         statuses of ranks on other machines, over the rendezvous store
 watch.py         the thread that writes them

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dora.errors import SpecError
-from dora.live.recorder import BUCKETS_S, Recorder
+from dora.live.recorder import Recorder
+from dora.live.tokens import BUCKETS_S, Tokens
 from dora.spec import Status
 
 if TYPE_CHECKING:
@@ -60,21 +61,16 @@ class Collector:
         if status is None:
             return
         yield from _calls(self._recorder)
+        yield from _tokens(self._recorder.tokens)
         yield from _state(status)
         yield from _links(status)
         yield from _events(status)
 
 
 def _calls(recorder: Recorder) -> Iterator[Metric]:
-    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+    from prometheus_client.core import CounterMetricFamily
 
-    histogram = HistogramMetricFamily(
-        "dora_step_seconds", "Steps and requests on this rank.", labels=()
-    )
-    names = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
-    counts = accumulate(recorder.counts)
-    histogram.add_metric((), list(zip(names, counts, strict=True)), recorder.total_s)
-    yield histogram
+    yield _histogram("step", "Steps and requests on this rank.", recorder.counts, recorder.total_s)
     for name, text, value in (
         (
             "late_steps",
@@ -89,6 +85,41 @@ def _calls(recorder: Recorder) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(f"dora_{name}", text, value=value)
+
+
+def _histogram(name: str, text: str, counts: Sequence[int], total_s: float) -> Metric:
+    from prometheus_client.core import HistogramMetricFamily
+
+    histogram = HistogramMetricFamily(f"dora_{name}_seconds", text, labels=())
+    names = [*(f"{bound:g}" for bound in BUCKETS_S), "+Inf"]
+    buckets = list(zip(names, accumulate(counts), strict=True))
+    histogram.add_metric((), buckets, total_s)
+    return histogram
+
+
+def _tokens(tokens: Tokens) -> Iterator[Metric]:
+    """Yields what `generate` has done, on the rank that leads it."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    in_flight, waiting = tokens.num_open
+    if not (tokens.num_tokens or in_flight):
+        return
+    for name, text, times in (
+        ("first_token", "From a prompt to its first token.", tokens.first),
+        ("further_token", "From one token of a request to the next.", tokens.further),
+    ):
+        yield _histogram(name, text, times.counts, times.total_s)
+    for name, text, count in (
+        ("tokens", "Generated.", tokens.num_tokens),
+        ("generated_requests", "Prompts that have all their tokens.", tokens.num_requests),
+    ):
+        yield CounterMetricFamily(f"dora_{name}", text, value=count)
+    for name, text, value in (
+        ("requests_in_flight", "Prompts that are served now.", in_flight),
+        ("requests_waiting", "Prompts that wait for a place.", waiting),
+        ("tokens_per_second", "In the last 10 s of the last call.", tokens.per_s()),
+    ):
+        yield GaugeMetricFamily(f"dora_{name}", text, value=value)
 
 
 def _state(status: Status) -> Iterator[Metric]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
+from dora.live.tokens import BUCKETS_S, Tokens
 from dora.spec import QoE
 
 Kind = Literal["train", "infer"]
@@ -15,8 +17,6 @@ Span = tuple[str, str, float, float]  # lane, label, start, end
 
 # So many calls are remembered; they are what medians and shares are of.
 NUM_RECENT = 100
-# Upper bounds of the histogram of call times; a call that takes longer is in none of them.
-BUCKETS_S = tuple(m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5))
 
 
 class Call(Protocol):
@@ -57,6 +57,7 @@ class Recorder:
         num_calls, num_late, total_s, computed_s, waited_s: Of all calls.
         counts: Calls per bucket of `BUCKETS_S`, and those above.
         begun_s: When the present call began; None between two.
+        tokens: Of `generate`, whose calls are not among the others: one may go on for days.
     """
 
     def __init__(self, qoe: QoE) -> None:
@@ -65,11 +66,26 @@ class Recorder:
         self.total_s = self.computed_s = self.waited_s = 0.0
         self.counts = [0] * (len(BUCKETS_S) + 1)
         self.begun_s: float | None = None
+        self.tokens = Tokens()
         self._bounds_s = {kind: bound_s(qoe, kind) for kind in ("train", "infer")}
 
     def began(self) -> None:
         """A call begins."""
         self.begun_s = time.perf_counter()
+
+    @contextmanager
+    def generating(self, places: int) -> Iterator[None]:
+        """Is a call of `generate`, which serves that many requests at a time."""
+        self.began()
+        with self.tokens.call(places):
+            yield
+        self.begun_s = None
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether the last call, or the present one, is of `generate`."""
+        last_s = self.recent[-1].start_s if self.recent else float("-inf")
+        return self.tokens.begun_s is not None and self.tokens.begun_s > last_s
 
     def ended(self, call: Call, plan: int, spans: Sequence[Span]) -> None:
         """A call has ended.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from dora.live.recorder import Done, Kind, Recorder, bound_s
-from dora.spec import Happening, LinkStatus, Plan, QoE, Shares, Status
+from dora.live.recorder import Done, Recorder, bound_s
+from dora.live.tokens import Times, Tokens
+from dora.spec import Happening, LinkStatus, Plan, QoE, Shares, Status, TokenStatus
 
 # An estimate of the engine is the largest of samples of 40 ms (csrc/rate.h): it is about the link
 # only if what was sent between two looks filled two of them.
@@ -108,7 +110,8 @@ class Observer:
         """
         plan, recorder, now_s = model.plan, self._recorder, time.perf_counter()
         begun_s, recent = recorder.begun_s, recent_of(recorder, plan)
-        kind = recent[-1].kind if recent else None
+        called = recent[-1].kind if recent else None
+        kind = "generate" if recorder.is_generating else called
         device = plan.devices[model.rank]
         links = self._links(model)
         is_over = problem is not None
@@ -140,6 +143,7 @@ class Observer:
             recent_s=tuple(round(done.end_s - done.start_s, 6) for done in recent),
             calls_per_s=_rate(recent),
             shares=self._shares(recent),
+            tokens=token_status(recorder.tokens),
             bound_s=bound_s(self._qoe, kind),
             percentile=self._qoe.percentile,
             num_late=recorder.num_late,
@@ -149,7 +153,7 @@ class Observer:
             num_events=dict(Counter(event.kind for event in tuple(model.events))),
         )
 
-    def _predicted_s(self, plan: Plan, kind: Kind | None) -> float | None:
+    def _predicted_s(self, plan: Plan, kind: str | None) -> float | None:
         """Returns what the planner, or else the adapter, says that a call takes."""
         if kind not in (None, "infer" if plan.schedule_kind == "wavefront" else "train"):
             return None
@@ -217,6 +221,29 @@ def recent_of(recorder: Recorder, plan: Plan) -> list[Done]:
     """Returns the last calls that were like the last one: of its kind, on this plan."""
     done = tuple(recorder.recent)
     return [d for d in done if d.plan == id(plan) and d.kind == done[-1].kind]
+
+
+def token_status(tokens: Tokens) -> TokenStatus | None:
+    """Returns what was noted of tokens; None where nothing was."""
+    in_flight, waiting = tokens.num_open
+    if not (tokens.num_tokens or in_flight):
+        return None
+    return TokenStatus(
+        num_tokens=tokens.num_tokens,
+        num_requests=tokens.num_requests,
+        in_flight=in_flight,
+        waiting=waiting,
+        tokens_per_s=round(tokens.per_s(), 3),
+        first_s=_median_and_late(tokens.first),
+        further_s=_median_and_late(tokens.further),
+    )
+
+
+def _median_and_late(times: Times) -> tuple[float, float] | None:
+    found = sorted(tuple(times.recent))
+    if not found:
+        return None
+    return round(median(found), 6), round(found[math.ceil(0.95 * len(found)) - 1], 6)
 
 
 def _rate(recent: Sequence[Done]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,13 +82,16 @@ def generate(  # noqa: D417 - a method of DoraParallel
         max_in_flight=max_in_flight,
         prefill_chunk=prefill_chunk,
         eos=ends,
+        notes=self.watch.recorder.tokens if self.watch is not None else None,
     )
     given = prompts if isinstance(prompts, list) else _STREAM
     text = f"generate {given} {(max_new_tokens, ends, chosen, max_in_flight, prefill_chunk)}"
     call = as_inputs or inputs_of(self.chain.module)
     self._take_in("generate")
     attempt = _attempt(self, serving, chosen, call, text=text, max_rows=max_in_flight)
-    results: list[Generated] = self._call("generate", attempt)
+    watched = nullcontext() if self.watch is None else self.watch.recorder.generating(max_in_flight)
+    with watched:
+        results: list[Generated] = self._call("generate", attempt)
     return results
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
+from dora.live.tokens import Tokens
 from dora.runtime.batcher import Batcher, Generated
 from dora.runtime.orders import Order
 from dora.spec import Plan
@@ -24,6 +25,7 @@ class Serving:
         max_in_flight: Requests that hold a cache at a time.
         prefill_chunk: Tokens of a prompt that run at a time.
         eos: Tokens that end a request.
+        notes: Takes note of prompts and tokens, if somebody watches.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Serving:
         max_in_flight: int,
         prefill_chunk: int,
         eos: Collection[int],
+        notes: Tokens | None = None,
     ) -> None:
         self._source: Iterator[Sequence[int] | None] | None = iter(prompts)
         self._limit_of = limit_of
@@ -42,6 +45,7 @@ class Serving:
         self._max_in_flight = max_in_flight
         self._prefill_chunk = prefill_chunk
         self._eos = eos
+        self._notes = notes
         self._batcher: Batcher | None = None
 
     @property
@@ -73,14 +77,19 @@ class Serving:
         for prompt in self._source or ():
             if prompt is None:
                 return True
-            limit = self._limit_of(self.batcher.num_requests)
-            self.batcher.add(prompt, limit, time.perf_counter())
+            request, now_s = self.batcher.num_requests, time.perf_counter()
+            self.batcher.add(prompt, self._limit_of(request), now_s)
+            if self._notes is not None:
+                self._notes.arrived(request, now_s)
         self._source = None
         return not self.batcher.is_idle
 
     def account(self, order: Order, tokens: torch.Tensor) -> None:
         """Takes the tokens that came of an order."""
-        for request, token in self.batcher.done(order, tokens.tolist(), time.perf_counter()):
+        now_s = time.perf_counter()
+        for request, token in self.batcher.done(order, tokens.tolist(), now_s):
+            if self._notes is not None:
+                self._notes.came(request, now_s, is_last=request in self.batcher.results)
             if self._on_token is not None:
                 self._on_token(request, token)
 

@@ -12,7 +12,7 @@ schedule.py  Action, Transfer, Schedule
 timeline.py  Span, Energy, Timeline
 decision.py  Conditions, Forecast, Move, Migration, SwitchCost, Decision
 run.py       Usage, Traffic, Activity, Run
-status.py    LinkStatus, Happening, Shares, Status
+status.py    LinkStatus, Happening, Shares, TokenStatus, Status
 """
 
 from dora.spec.base import SCHEMA_VERSION, Spec
@@ -49,7 +49,7 @@ from dora.spec.profile import (
 )
 from dora.spec.run import Activity, Run, Traffic, Usage
 from dora.spec.schedule import ACTION_KINDS, Action, Schedule, Transfer
-from dora.spec.status import Happening, LinkStatus, Shares, Status
+from dora.spec.status import Happening, LinkStatus, Shares, Status, TokenStatus
 from dora.spec.timeline import Energy, Span, Timeline
 
 __all__ = [
@@ -93,6 +93,7 @@ __all__ = [
     "TiedParameter",
     "Timeline",
     "Timing",
+    "TokenStatus",
     "Traffic",
     "Transfer",
     "Usage",

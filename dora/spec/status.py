@@ -55,6 +55,27 @@ class Shares(Spec):
     sending: NonNegative | None = None
 
 
+class TokenStatus(Spec):
+    """What `generate` has done, on the rank that leads it: the first one of the first stage.
+
+    Attributes:
+        num_tokens, num_requests: Since the model was made; requests are those that have ended.
+        in_flight, waiting: Requests that hold a cache now, and those that wait for a place.
+        tokens_per_s: Of all requests, in the last 10 s of the last call.
+        first_s: Seconds from a prompt to its first token: median and 95th percentile of the last
+            1000 requests; None where there was none.
+        further_s: Seconds from one token of a request to the next; the same of 1000 tokens.
+    """
+
+    num_tokens: Index = 0
+    num_requests: Index = 0
+    in_flight: Index = 0
+    waiting: Index = 0
+    tokens_per_s: NonNegative = 0.0
+    first_s: tuple[NonNegative, NonNegative] | None = None
+    further_s: tuple[NonNegative, NonNegative] | None = None
+
+
 class Status(Spec):
     """One rank of a job at one moment; `FOLDER/rank-N.json` is replaced by the next.
 
@@ -68,7 +89,8 @@ class Status(Spec):
         predicted_s: What the planner says that a call takes; None where the plan has no cost, or
             is for the other kind of call.
         peak_bytes: What the planner says that this device needs.
-        kind, num_calls: Of the last call; of all calls.
+        kind: Of the last call, or the present one if it is of `generate`.
+        num_calls: Steps and requests; without those of `generate`, which `tokens` is about.
         in_call_s: For how long the present call has been going on.
         recent_s: What the last calls took, of that kind and on that plan; the latest last.
         calls_per_s: From the end of the first of these to the end of the last.
@@ -92,12 +114,13 @@ class Status(Spec):
     plan: Plan
     predicted_s: NonNegative | None = None
     peak_bytes: Bytes | None = None
-    kind: Literal["train", "infer"] | None = None
+    kind: Literal["train", "infer", "generate"] | None = None
     num_calls: Index = 0
     in_call_s: NonNegative | None = None
     recent_s: tuple[NonNegative, ...] = ()
     calls_per_s: NonNegative | None = None
     shares: Shares | None = None
+    tokens: TokenStatus | None = None
     bound_s: Positive | None = None
     percentile: Positive = 50.0
     num_late: Index = 0
