@@ -7,7 +7,10 @@ devices without measured times:    catalogue roofline ------------+
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,20 @@ from dora.judge import case_of, play
 from dora.partition import Chain
 from dora.planner import SearchResult, search
 from dora.planner.search import microbatch_choices
-from dora.profiler import load_profiles, merge_profiles, profile_model
+from dora.profiler import (
+    EnergyMeter,
+    find_meters,
+    load_profiles,
+    merge_profiles,
+    profile_model,
+)
+from dora.profiler.meters import Meter, machine_of_meters
 from dora.runtime.overhead import measure_overhead
 from dora.runtime.parallel import DoraParallel
-from dora.spec import Cluster, ModelProfile, Plan, QoE, Run, Timeline, Workload
+from dora.runtime.turn import Call
+from dora.spec import Cluster, Energy, ModelProfile, Plan, QoE, Run, Timeline, Workload
 
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Gather = Callable[[bytes], list[bytes]]
 LossFn = Callable[[Any, Any], Any]
 
@@ -48,9 +59,11 @@ class Planned:
         workload: Workload,
         qoe: QoE,
         profiles: Sequence[str | os.PathLike[str]],
+        meters: Sequence[Meter] | None = None,
     ) -> None:
         self._cluster, self._workload, self._qoe = cluster, workload, qoe
-        self._files = profiles
+        self._files, self._meters = profiles, meters
+        self._energy: EnergyMeter | None = None
         self.profile: ModelProfile | None = None
         self.plans: list[Plan] = []
 
@@ -59,7 +72,7 @@ class Planned:
         """The bounds that the plan has to keep."""
         return self._qoe
 
-    def __call__(self, chain: Chain, call: Call, gather: Gather) -> Plan:
+    def __call__(self, chain: Chain, call: Inputs, gather: Gather) -> Plan:
         """Returns the best plan.
 
         Raises:
@@ -81,7 +94,21 @@ class Planned:
         if not found["plans"]:
             raise InfeasiblePlanError(found["problem"])
         self.plans = [Plan.from_json(plan) for plan in found["plans"]]
+        self._begin_metering(gather(machine_of_meters()))
         return self.plans[0]
+
+    def _begin_metering(self, machines: Sequence[bytes]) -> None:
+        """Counts the joules of this device for `record`, as long as somebody may call that."""
+        rank = dist.get_rank()
+        meters = self._meters
+        if meters is None:  # what several ranks share tells nothing about one of them
+            is_alone = machines.count(machines[rank]) == 1
+            meters = find_meters().meters if is_alone else ()
+        if meters:
+            name = self._cluster.devices[rank].name
+            self._energy = EnergyMeter(name, meters, clock=time.perf_counter)
+            self._energy.begin()
+            weakref.finalize(self, self._energy.end)
 
     def adapter(self, *, is_lasting: bool) -> Adapting | None:
         """Returns what keeps the QoE while the model runs; None where nothing can.
@@ -92,9 +119,29 @@ class Planned:
         """
         if self._workload.kind == "generate" or (is_lasting and not self._files):
             return None
-        profile = load_profiles(self._files) if self._files else self.profile
-        assert profile is not None
+        profile = self._known_profile()
         return adapting(profile, self._cluster, self._workload, self._qoe, bank=self.plans or None)
+
+    def _known_profile(self) -> ModelProfile:
+        """Returns the profile, on devices that have joined later, too."""
+        profile = load_profiles(self._files) if self._files else self.profile
+        assert profile is not None, "DoraParallel makes the plan before anything is recorded"
+        return profile
+
+    def _joules(self, model: DoraParallel, calls: Sequence[Call]) -> tuple[Energy, ...]:
+        """Returns what each device with meters took per call; a collective call."""
+        found = None
+        if self._energy is not None:
+            found = self._energy.between(calls[0].start_s, calls[-1].end_s)
+        is_known = found is not None and found.provenance == "measured"
+        row = [found.joules / len(calls)] if found is not None and is_known else [math.nan]
+        rows, _ = model.confer(row, lambda rows: b"", lambda rows: False)
+        names = [model.plan.devices[rank] for rank in model.members]
+        return tuple(
+            Energy(device=name, joules=joules, provenance="measured")
+            for name, (joules,) in zip(names, rows, strict=True)
+            if not math.isnan(joules)
+        )
 
     def _search(self) -> str:
         """Returns the plans, or why there are none, as JSON; errors reach all ranks that way."""
@@ -109,28 +156,27 @@ class Planned:
     def record(
         self, model: DoraParallel, folder: str | os.PathLike[str], *, name: str = "run"
     ) -> None:
-        """Writes what `dora report` shows, on rank 0; a collective call.
+        """Writes what `dora report` shows, on the lowest rank; a collective call.
 
         Args:
             model: Made with this plan, after some steps or requests; the last one is drawn, and
-                the first one does not count in the times, since it finds the shapes.
+                the first one does not count in times and energy, since it finds the shapes.
             folder: Gets run.json.
             name: Of the report.
         """
-        assert self.profile is not None, "DoraParallel makes the plan before anything is recorded"
-        measured = model.timeline()
-        if model.rank != 0:
+        calls = [c for c in model.calls if c.kind == model.calls[-1].kind]
+        calls = calls[1:] or calls
+        measured = model.timeline().model_copy(update={"energy": self._joules(model, calls)})
+        if model.rank != model.members[0]:
             return
         run = recorded(
             model.plan,
             measured,
-            profile=self.profile,
+            profile=self._known_profile(),
             cluster=self._cluster,
             workload=self._workload,
             qoe=self._qoe,
         )
-        calls = [c for c in model.calls if c.kind == model.calls[-1].kind]
-        calls = calls[1:] or calls
         more = {
             "front": tuple(self.plans),
             "times_s": tuple(call.end_s - call.start_s for call in calls),
@@ -146,6 +192,7 @@ def planned(
     qoe: QoE | None = None,
     *,
     profiles: Sequence[str | os.PathLike[str]] = (),
+    meters: Sequence[Meter] | None = None,
 ) -> Planned:
     """Returns a function that makes the plan where the model runs, for `DoraParallel`.
 
@@ -162,8 +209,10 @@ def planned(
         qoe: Hard bounds and the objective; None minimises time.
         profiles: Files of `dora profile` to take instead of measuring; times of devices that
             they lack are modelled.
+        meters: Of this device's energy, for `record`; None takes what `dora.profiler.find_meters`
+            finds, unless another rank is on the same machine.
     """
-    return Planned(cluster, workload, qoe or QoE(), profiles)
+    return Planned(cluster, workload, qoe or QoE(), profiles, meters)
 
 
 def recorded(
@@ -190,7 +239,7 @@ def recorded(
 
 def profile_everywhere(
     chain: Chain,
-    call: Call,
+    call: Inputs,
     gather: Gather,
     cluster: Cluster,
     workload: Workload,

@@ -9,12 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
 
+from dora import DoraParallel, planned
+from dora.files import load
 from dora.profiler.energy import EnergyMeter, find_meters
 from dora.profiler.meters import Meter, nvml_meters
-from dora.spec import Activity, Cluster, Device, Usage
+from dora.report.page import page
+from dora.spec import Activity, Cluster, Device, Link, Medium, Run, Usage, Workload
 from dora.testbed.energy import modelled_energy
 
 RAPL = "sys/class/powercap"
@@ -225,6 +232,22 @@ def test_two_batteries_add_up_by_what_they_hold(tmp_path):
     assert meter.scope == "whole machine (battery BAT0, BAT1)"
 
 
+def test_a_stretch_of_a_window_has_its_share():
+    """Between samples the joules are interpolated; before the window nothing is known."""
+    now = [0.0]
+    supply = Meter("bench supply", "counter", lambda: 7 * now[0])
+    meter = EnergyMeter("box", [supply], is_sampled=False, clock=lambda: now[0])
+    assert meter.between(0.0, 1.0).provenance == "none"
+    meter.begin()
+    for second in range(1, 30_001):  # more samples than are kept
+        now[0] = float(second)
+        meter.sample()
+    energy = meter.between(10_000.25, 20_000.5)
+    assert (energy.joules, energy.provenance) == (pytest.approx(70_001.75), "measured")
+    assert meter.between(-1.0, 5.0).provenance == "none"
+    assert meter.end().joules == pytest.approx(210_000)
+
+
 class NvmlError(Exception):
     pass
 
@@ -318,10 +341,56 @@ def test_gpu_meter_counts_work():
     assert energy.joules > 0
 
 
+# ------------------------------------------------------------ a run
+
+
+def record(rank: int, folder: Path, roots: list[str | None]) -> float:
+    """Trains where some have a meter, which shows 10 W; returns the seconds per recorded step."""
+    meters = None
+    if roots[rank] is not None:
+        root = Path(roots[rank])
+        jetson(root, "hwmon3", VDD_IN=(5000, 2000))
+        meters = find_meters(root).meters
+    plan = planned(two_devices(), Workload(batch_size=8), meters=meters)
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = DoraParallel(module, plan, sample=torch.zeros(8, 8), timeout_s=20.0)
+    for _ in range(6):
+        model.step(torch.ones(8, 8), torch.zeros(8, 8), F.mse_loss)
+    plan.record(model, folder)
+    model.close()
+    calls = list(model.calls)[1:]
+    return (calls[-1].end_s - calls[0].start_s) / len(calls)
+
+
+def two_devices() -> Cluster:
+    names = ("d0", "d1")
+    medium = Medium(name="lan", rate_bytes_per_s=1e9, latency_s=1e-5)
+    links = tuple(Link(src=a, dst=b, media=("lan",)) for a in names for b in names if a != b)
+    devices = tuple(device(name=name, memory_bytes=10**9) for name in names)
+    return Cluster(devices=devices, media=(medium,), links=links)
+
+
+@pytest.mark.parametrize("metered", [{"d0", "d1"}, {"d1"}, set()])
+def test_run_carries_what_its_meters_counted(tmp_path, metered):
+    """Ranks on one machine without meters of their own have none: nobody counts twice."""
+    roots = [str(tmp_path / name) if name in metered else None for name in ("d0", "d1")]
+    step_s = dict(zip(("d0", "d1"), run_ranks(2, record, tmp_path, roots), strict=True))
+    run = load(Run, tmp_path / "run.json")
+    assert {one.device for one in run.measured.energy} == metered
+    assert {one.provenance for one in run.measured.energy} <= {"measured"}
+    for one in run.measured.energy:
+        assert one.joules == pytest.approx(10.0 * step_s[one.device])
+    assert {one.provenance for one in run.predicted.energy} == {"modelled"}
+    used = {replica.device for stage in run.plan.stages for replica in stage.replicas}
+    # A sum that lacks a part would pass for a saving.
+    assert ("energy per step, predicted" in page(run)) == (not used <= metered)
+
+
 def device(**fields) -> Device:
     given = {"idle_w": 2, "busy_w": 10, "tx_j_per_byte": 1e-6, "rx_j_per_byte": 2e-6} | fields
     return Device(
-        name="pi", flops_per_s=1e9, mem_bandwidth_bytes_per_s=1e9, memory_bytes=1, **given
+        flops_per_s=1e9, mem_bandwidth_bytes_per_s=1e9, **{"name": "pi", "memory_bytes": 1} | given
     )
 
 

@@ -58,6 +58,14 @@ class Found(NamedTuple):
     problems: tuple[str, ...] = ()
 
 
+def machine_of_meters() -> bytes:
+    """Names what the meters are of: all processes of a booted kernel share them."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:  # no Linux, which has no meters that are found
+        return b""
+
+
 def rapl_meters(root: Path) -> Found:
     """Finds the counters of processor packages and of their memory (Intel and AMD).
 

@@ -7,6 +7,7 @@ that compute, and of a message only the sending end counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from statistics import median
 from typing import NamedTuple
 
@@ -147,6 +148,17 @@ def measured_energy(run: Run) -> list[Joules]:
         elif parts is not None:
             found.append(Joules(name, sum(parts), "modelled from measured activity", parts))
     return found
+
+
+def measured_j(run: Run, devices: Collection[str] | None = None) -> float | None:
+    """Returns what these devices took per step, None: all; None if one that computes is unknown.
+
+    Without it the sum would look like a saving, where some devices have a meter and others none.
+    """
+    wanted = set(run.plan.devices if devices is None else devices)
+    found = [one for one in measured_energy(run) if one.device in wanted]
+    is_whole = wanted & set(_used(run)) <= {one.device for one in found}
+    return total_j(found) if is_whole else None
 
 
 def _busy_w(device: Device, plan: Plan) -> float:
@@ -291,13 +303,15 @@ def _other_values(run: Run, field: str) -> tuple[float | None, float | None, str
         if not (length_s and run.times_s):
             return rate, None, "the length of the whole run is not known"
         return rate, len(run.times_s) / length_s, f"{word}s over the length of the run"
-    found, predicted = measured_energy(run), predicted_j(run)
+    predicted, devices = predicted_j(run), [d.name for d in run.cluster.devices]
     if field == "battery_j":
-        batteries = [d.name for d in run.cluster.devices if d.battery_j is not None]
-        predicted = total_j([one for one in predicted_energy(run) if one.device in batteries])
-        found = [one for one in found if one.device in batteries]
-    measured = total_j(found)
+        devices = [d.name for d in run.cluster.devices if d.battery_j is not None]
+        predicted = total_j([one for one in predicted_energy(run) if one.device in devices])
+    measured = measured_j(run, devices)
+    found = [one for one in measured_energy(run) if one.device in devices]
     how = provenance(found) or "no energy was measured"
+    if found and measured is None:
+        how = "some devices have no meter"
     if field == "power_w":
         times, step_s = times_s(run), predicted_s(run)
         predicted = predicted / step_s if predicted is not None and step_s else None

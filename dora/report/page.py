@@ -15,13 +15,13 @@ from dora.report.facts import (
     bounds,
     error_of,
     measured_energy,
+    measured_j,
     percentile,
     predicted_j,
     predicted_s,
     provenance,
     step_word,
     times_s,
-    total_j,
 )
 from dora.report.markup import Markup, joined, note, tag
 from dora.report.plan import plan_drawing, plan_text
@@ -134,7 +134,7 @@ def _tiles(run: Run, judged: list[Bound]) -> list[Markup]:
             state = tag("span", percent(bound.share), class_="good" if bound.is_kept else "bad")
             tiles.append(_tile(f"{word}s within the bound, measured", state, asked))
     found, before = measured_energy(run), predicted_j(run)
-    total = total_j(found)
+    total = measured_j(run)
     later = f"; predicted {joules(before)}" if before is not None else ""
     if total is not None:
         tiles.append(_tile(f"energy per {word}", joules(total), provenance(found) + later))

@@ -22,6 +22,7 @@ from dora.report.facts import (
     error_of,
     exposed_s,
     measured_energy,
+    measured_j,
     peaks,
     percentile,
     predicted_energy,
@@ -31,7 +32,6 @@ from dora.report.facts import (
     provenance,
     step_word,
     times_s,
-    total_j,
     whole_prediction,
 )
 from dora.report.gantt import Panel, gantt_drawing
@@ -66,7 +66,7 @@ def front_section(run: Run) -> Markup:
         for i, plan in enumerate(priced)
         if plan.cost is not None
     ]  # fmt: skip
-    times, energy = times_s(run), total_j(measured_energy(run))
+    times, energy = times_s(run), measured_j(run)
     if times and energy is not None:
         title = f"the run: {seconds(median(times))} measured, {joules(energy)}"
         points.append(Point(median(times), energy, "measured", title, "measured"))
@@ -178,7 +178,7 @@ def _figures(run: Run) -> Markup:
     found = measured_energy(run)
     rows.append(
         _row(
-            f"energy per {word}", predicted_j(run), total_j(found), joules,
+            f"energy per {word}", predicted_j(run), measured_j(run), joules,
             notes=("modelled", provenance(found)),
         )
     )  # fmt: skip
