@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ import torch.distributed as dist
 from ranks import Outcome, _context, collect
 
 from dora.runtime.process_group import register
+
+# Steps take this long, so that a newcomer comes while there are some; the test ends the job.
+_PACE_S = 0.02
 
 
 @dataclass
@@ -108,6 +113,15 @@ def wait_for(is_over: Callable[[], bool], timeout_s: float = 40.0) -> None:
     while not is_over():
         assert time.monotonic() < deadline_s, "it did not happen"
         time.sleep(0.01)
+
+
+def begin(folder: Path, rank: int, i: int, first: int) -> bool:
+    """Waits for the time of step i; returns whether there is one: the test says which is last."""
+    (folder / f"in-{rank}-{first}").touch()
+    (folder / f"at-{rank}").write_text(str(i))
+    time.sleep(_PACE_S)
+    end = folder / "end"
+    return i < (int(end.read_text()) if end.exists() else sys.maxsize)
 
 
 def _main(

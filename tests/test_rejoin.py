@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Job, job, wait_for
+from jobs import Job, begin, job, wait_for
 from models import make
 from plans import make_plan
 from ranks import Outcome
@@ -32,8 +32,6 @@ from dora.runtime.door import seal, unseal
 pytestmark = pytest.mark.timeout(150)
 
 KEY = "a secret that all ranks share"
-# Steps take this long, so that a newcomer comes while there are some; the test ends the job.
-_PACE_S = 0.02
 _MORE_STEPS = 30
 
 
@@ -44,20 +42,6 @@ def build(name: str = "mlp", **options: Any) -> Any:
     plan = make_plan(chain.num_blocks, shares, idle=options.pop("idle", 0))
     options = {"snapshot_interval": 1, "timeout_s": 10.0, "seed": 5, **options}
     return case, DoraParallel(chain, plan, **options)
-
-
-def last(folder: Path) -> int:
-    """Returns the number of steps; the test says it while they run."""
-    end = folder / "end"
-    return int(end.read_text()) if end.exists() else 10_000
-
-
-def begin(folder: Path, rank: int, i: int, first: int) -> bool:
-    """Waits for the time of step i; returns whether there is one."""
-    (folder / f"in-{rank}-{first}").touch()
-    (folder / f"at-{rank}").write_text(str(i))
-    time.sleep(_PACE_S)
-    return i < last(folder)
 
 
 def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
