@@ -10,9 +10,12 @@ what the fastest plan takes, since the bounds of the scenarios leave most plans 
 **Static** is the plan of the bank that turns out best for the trace, known afterwards. **Anew**
 searches at each change that its monitor finds, stops, and moves all weights. The **oracle** knows
 the trace, and chooses the best sequence of plans of the bank and of all that the adapter found.
+Where one generated rate is all that varies, **informed** knows its last value and its law, not the
+next value (`adapter_informed.py`).
 
 **Attained** is the share of requests or steps within all bounds; a late one counts as all that
-should have been done meanwhile. Energy is per request or step.
+should have been done meanwhile. Energy is per request or step. The time of
+a decision is of the processor: other processes may run beside.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from random import Random
 from typing import NamedTuple
 
 import adapter_traces
+from adapter_informed import play_informed, varying
 from adapter_traces import Trace
 from common import Metric, Row, Samples, Table, finish, write_csv
 
@@ -79,6 +83,7 @@ class Result(NamedTuple):
     static: Totals
     anew: Totals
     oracle: Totals
+    informed: Totals | None = None
 
     @property
     def counts(self) -> bool:
@@ -159,7 +164,9 @@ def live(case: Case, trace: Trace, memo: dict[Conditions, list[Plan]]) -> Result
     anew = play_replanning(predict, bank[0], parts, rules, effort_s=0.05, searched=memo)
     everything = list({id(plan): plan for plan in (*bank, *ours.bank)}.values())
     oracle = play_oracle(predict, everything, parts, rules)
-    return Result(case.name, trace, ours.totals, static, anew.totals, oracle)
+    name = varying(parts) if trace.kind == "lte" and predict.workload.kind != "train" else None
+    informed = play_informed(predict, everything, parts, rules, name) if name else None
+    return Result(case.name, trace, ours.totals, static, anew.totals, oracle, informed)
 
 
 def show(result: Result, table: Table) -> None:
@@ -174,8 +181,10 @@ def show(result: Result, table: Table) -> None:
 
 
 def rows_of(result: Result) -> Iterator[Row]:
-    for name in ("adapter", "static", "anew", "oracle"):
-        run: Totals = getattr(result, name)
+    for name in ("adapter", "static", "anew", "oracle", "informed"):
+        run: Totals | None = getattr(result, name)
+        if run is None:
+            continue
         case = f"{result.case} {result.trace.kind} {result.trace.name}"
         for metric, unit in (
             ("attained", "1"), ("energy_j", "J"), ("time_s", "s"), ("switches", "1"),
@@ -195,6 +204,21 @@ def summary(results: Sequence[Result]) -> None:
         if some:
             table.line(kind, str(len(some)), *(_summed(some, name) for name in
                        ("adapter", "static", "anew", "oracle")))  # fmt: skip
+            missed = sum(r.adapter.attained < ATTAINS for r in some)
+            dear = sum(r.energy_ratio > ENERGY for r in some)
+            print(
+                f"  {missed} attain less than {ATTAINS:.0%}, {dear} take over {ENERGY - 1:.0%} more"
+            )
+    known = [r for r in results if r.counts and r.informed is not None]
+    if known:
+        print(
+            "one generated rate: energy over the oracle's, adapter and informed, worst and median"
+        )
+        ratios = [
+            (r.energy_ratio, r.informed.energy_j / r.oracle.energy_j) for r in known if r.informed
+        ]
+        for name, column in zip(("adapter", "informed"), zip(*ratios, strict=True), strict=True):
+            print(f"  {name} {max(column):.2f}x {Samples(list(column)).median:.2f}x")
 
 
 def _summed(results: Sequence[Result], name: str) -> str:
@@ -249,7 +273,7 @@ def mixing(case: Case) -> tuple[float, float, float] | None:
 
 
 def decision_times(case: Case, num_decisions: int) -> Samples:
-    """Returns seconds of decisions about conditions that were never seen before."""
+    """Returns CPU seconds of decisions about conditions that were never seen before."""
     cluster = case.predict.cluster
     predict = Predictor(case.predict.profile, cluster, case.predict.workload, case.predict.qoe)
     bank = (case.bank * (1 + BANK // len(case.bank)))[:BANK]
@@ -267,9 +291,9 @@ def decision_times(case: Case, num_decisions: int) -> Samples:
             for device in cluster.devices:
                 monitor.speed(device.name, random.uniform(0.5, 1.2), float(i))
         view = monitor.view(float(i))
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         decide(bank, standing, view, predict, price, case.rules)
-        spent.append(time.perf_counter() - start_s)
+        spent.append(time.process_time() - start_s)
     return Samples(spent)
 
 
