@@ -396,13 +396,13 @@ def main() -> int:
         times = decision_times(case, 20)
         decisions = max(decisions, times, key=lambda s: s.median)
         rows.append(Row(case.name, "adapter", "decision", "s", times))
+        if options.out:  # hours of work: what is done stays
+            write_csv(options.out, rows)
     print(f"{len(results)} runs in {time.monotonic() - start_s:.0f} s")
     summary(results)
     for average, energy, best in mixes:
         print(f"mix: average {average:.3f} of its bound, energy {energy:.3f} of the best single "
               f"plan's, {best:.3f} by the program")  # fmt: skip
-    if options.out:
-        write_csv(options.out, rows)
     return finish(verdict(results, mixes, decisions, observation_s()))
 
 
