@@ -8,15 +8,6 @@
 
 namespace dora {
 
-namespace {
-
-
-std::uint64_t tokenOf(std::uint32_t rank, int lane) {
-  return std::uint64_t{rank} << 1 | static_cast<std::uint64_t>(lane);
-}
-
-}  // namespace
-
 Engine::Engine(const EngineOptions& options)
     : options_(options),
       process_(::getpid()),
@@ -64,6 +55,7 @@ bool Engine::tryAtOnce(const Work& work) {
   work();
   flushAll();
   bool is_late = nowS() + nextWakeS() < planned_wake_s_;
+  if (!isSettled()) lead_.recall();
   state.unlock();
   if (is_late) reactor_.wake();  // a timer has come before all others
   return true;
@@ -81,7 +73,10 @@ void Engine::defer(Work work) {
     }
   }
   if (is_stopped) return work();  // there are no peers: what was posted fails at once
-  if (is_first) reactor_.wake();
+  if (is_first) {
+    reactor_.wake();
+    lead_.recall();
+  }
 }
 
 void Engine::call(const Work& work) {
@@ -102,7 +97,7 @@ TransferPtr Engine::makeTransfer(bool is_send, void* data, std::uint64_t num_byt
                                  std::int32_t peer, MessageKey key, Priority priority,
                                  double timeout_s) {
   checkUsable();
-  auto transfer = std::make_shared<Transfer>(nextId());
+  auto transfer = std::make_shared<Transfer>(nextId(), weak_from_this());
   transfer->is_send = is_send;
   transfer->self = options_.rank;
   transfer->peer = peer;
@@ -261,117 +256,10 @@ void Engine::close(double linger_s) {
   is_closed_ = true;
   is_stopping_ = true;
   reactor_.wake();
+  lead_.recall();
   thread_.join();
   std::lock_guard<std::mutex> state_lock(mutex_);
   changed_.notify_all();
-}
-
-// ------------------------------------------------------------ the I/O thread
-
-void Engine::run() {
-  if (buckets_) wakePunctually();
-  double wait_s = 0;
-  while (!is_stopping_) {
-    const std::vector<Reactor::Event>& events = reactor_.wait(wait_s);
-    std::lock_guard<std::mutex> state(state_);
-    for (const Reactor::Event& event : events) handle(event);
-    runWork();
-    tick();
-    flushAll();
-    wait_s = nextWakeS();
-    planned_wake_s_ = nowS() + wait_s;
-  }
-  std::lock_guard<std::mutex> state(state_);
-  for (auto& [rank, peer] : peers_) peer->sayBye();
-  flushAll();
-  dialer_.stop();
-  dropPeers("the engine was closed", Outcome::kClosed);
-  std::vector<Work> rest;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    rest.swap(work_);
-    is_stopped_ = true;
-  }
-  for (Work& item : rest) item();
-}
-
-void Engine::runWork() {
-  std::vector<Work> work;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    work.swap(work_);
-  }
-  for (Work& item : work) item();
-}
-
-void Engine::handle(const Reactor::Event& event) {
-  if (event.token >= Dialer::kFirstToken) return dialer_.onEvent(event, nowS());
-  auto found = peers_.find(static_cast<std::uint32_t>(event.token >> 1));
-  if (found == peers_.end()) return;
-  int lane = static_cast<int>(event.token & 1);
-  Peer& peer = *found->second;
-  Connection* connection = peer.lanes.lane[static_cast<std::size_t>(lane)].get();
-  if (!connection) return;
-  try {
-    connection->onReady(event.is_readable, event.is_writable);
-  } catch (const ConnectionLost& lost) {
-    laneEnded(peer, lane, lost.what());
-  } catch (const ProtocolError& error) {
-    ++counters_.protocol_errors;
-    losePeer(peer, std::string("the protocol was broken: ") + error.what());
-  }
-}
-
-void Engine::flushAll() {
-  for (int round = 0; round < 2; ++round) {  // a medium that is freed lets other peers go on
-    for (auto& [rank, peer] : peers_) {
-      if (peer->state == Peer::State::kLost) continue;
-      peer->flush();
-      watch(*peer);
-    }
-    if (!media_.takeFreed()) return;
-  }
-}
-
-// Asks for room where something waits, and only there.
-void Engine::watch(Peer& peer) {
-  for (int lane : {Lanes::kUrgentLane, Lanes::kBulkLane}) {
-    Connection* connection = peer.lanes.lane[static_cast<std::size_t>(lane)].get();
-    if (!connection) continue;
-    bool& is_watched = watched_[tokenOf(peer.rank, lane)];
-    if (connection->wantsWrite() == is_watched) continue;
-    is_watched = connection->wantsWrite();
-    reactor_.change(connection->socket(), tokenOf(peer.rank, lane), is_watched);
-  }
-}
-
-void Engine::tick() {
-  double now_s = nowS();
-  expire(now_s);
-  if (now_s - last_tick_s_ < kBusyTickS) return;
-  last_tick_s_ = now_s;
-  dialer_.tick(now_s);
-  media_.tick(now_s);
-  for (auto& [rank, peer] : peers_) {
-    std::string reason = peer->tick(now_s);
-    if (!reason.empty()) losePeer(*peer, reason);
-    if (peer->state == Peer::State::kConnecting && now_s > connect_limit_s_) {
-      losePeer(*peer, "not connected within " +
-                          std::to_string(static_cast<int>(options_.connect_timeout_s)) + " s: " +
-                          dialer_.lastProblem(rank));
-    }
-  }
-}
-
-bool Engine::isIdle() const {
-  return std::all_of(peers_.begin(), peers_.end(), [](const auto& entry) {
-    const Peer& peer = *entry.second;
-    bool has_unsent = false;
-    for (const auto& connection : peer.lanes.lane) {
-      has_unsent = has_unsent || (connection && connection->hasUnsent());
-    }
-    return peer.state == Peer::State::kLost || (peer.outbox.isIdle() && !has_unsent);
-  });
 }
 
 }  // namespace dora

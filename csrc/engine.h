@@ -1,4 +1,4 @@
-// One rank's communication: a single I/O thread that owns every connection, queue and timer.
+// One rank's communication: a single event loop that owns every connection, queue and timer.
 #pragma once
 
 #include <atomic>
@@ -15,12 +15,13 @@
 #include <vector>
 
 #include "dialer.h"
+#include "lead.h"
 #include "operation.h"
 #include "peer.h"
 
 namespace dora {
 
-// How often the I/O thread looks after peers: idle, and while bulk is under way.
+// How often the loop looks after peers: idle, and while bulk is under way.
 constexpr double kTickS = 0.25, kBusyTickS = 0.01;
 
 // Something that happened beside operations.
@@ -47,11 +48,16 @@ struct EngineStats {
 // Sends and receives bytes by priority.
 //
 // Thread safety: every method may be called from any thread. Peers, queues and sockets belong to
-// whoever holds `state_`: the I/O thread while it handles events, and else a caller, who then does
-// his own small piece of work at once instead of waking the I/O thread for it (a wake-up costs more
-// than a 4 KiB send). A caller never waits for the I/O thread: if it is busy, it gets the work as a
-// closure. Methods throw std::logic_error in a forked child, where the I/O thread does not exist.
-class Engine : public Messenger, private PeerHost, private DialerOwner {
+// whoever holds `state_`: who runs the event loop (see Lead) while he handles events, and else a
+// caller, who then does his own small piece of work at once instead of waking another thread for it
+// (a wake-up costs more than a 4 KiB send). A caller never waits for the state: if it is taken, its
+// holder gets the work as a closure. Methods throw std::logic_error in a forked child, where the I/O
+// thread does not exist.
+class Engine : public Messenger,
+               public Driver,
+               public std::enable_shared_from_this<Engine>,
+               private PeerHost,
+               private DialerOwner {
  public:
   explicit Engine(const EngineOptions& options);
   ~Engine() override;
@@ -84,15 +90,24 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   void checkProcess() const;  // the first of these
   std::uint64_t nextId() { return ++ids_; }
 
+  void attend() noexcept override;
+  void drive(const Operation& operation, double timeout_s) noexcept override;
+
  private:
   using Work = std::function<void()>;
   using Timer = std::pair<double, std::weak_ptr<Transfer>>;
 
   void defer(Work work);
   void call(const Work& work);  // defers and waits
-  void run();
-  void runWork();
   bool tryAtOnce(const Work& work);
+  void run();
+  void turn(double limit_s);
+  double planWake(double limit_s);
+  void offerLead();
+  void recallForWork();
+  bool isSettled() const;
+  bool isQuiet() const;
+  void runWork();
   void handle(const Reactor::Event& event);
   void flushAll();
   void watch(Peer& peer);
@@ -139,14 +154,16 @@ class Engine : public Messenger, private PeerHost, private DialerOwner {
   std::deque<LoggedFrame> frames_;
   double connect_limit_s_ = 0;
   double last_tick_s_ = 0;
-  double planned_wake_s_ = 0;  // when the I/O thread wakes up if nothing happens
+  double planned_wake_s_ = 0;  // when the loop goes on if nothing happens
   EngineStats counters_;
   std::atomic<bool> is_stopping_{false};
+
+  Lead lead_;
 
   std::mutex mutex_;  // for what follows
   std::condition_variable changed_;
   std::vector<Work> work_;
-  bool is_stopped_ = false;  // the I/O thread takes no more work
+  bool is_stopped_ = false;  // nobody takes more work
   std::vector<EngineEvent> events_;
   std::map<std::uint32_t, Peer::State> states_;  // how connecting ended
 

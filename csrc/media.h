@@ -30,6 +30,7 @@ class Media {
   Media(std::uint32_t self, double aging_s, Send send);
 
   void configure(const MediaOptions& options);
+  bool isEmpty() const { return media_.empty(); }
 
   // Does an arbiter lend one of the media on the way to `peer`?
   bool isShared(std::uint32_t peer) const;

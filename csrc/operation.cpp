@@ -19,9 +19,11 @@ std::string Operation::error() const {
 }
 
 bool Operation::wait(double timeout_s) {
-  if (isDone()) return true;
+  if (isDone() || !(timeout_s > 0)) return isDone();
+  auto limit = std::chrono::steady_clock::now() + bounded(timeout_s);
+  if (auto driver = driver_.lock()) driver->drive(*this, bounded(timeout_s).count());
   std::unique_lock<std::mutex> lock(mutex_);
-  return finished_.wait_for(lock, bounded(timeout_s), [this] { return isDone(); });
+  return finished_.wait_until(lock, limit, [this] { return isDone(); });
 }
 
 void Operation::finish(Outcome outcome, const std::string& error) {
@@ -38,14 +40,14 @@ void Operation::finish(Outcome outcome, const std::string& error) {
 }
 
 void Operation::notify(std::shared_ptr<CompletionQueue> queue) {
+  bool is_over;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!isDone()) {
-      queue_ = std::move(queue);
-      return;
-    }
+    is_over = isDone();
+    if (!is_over) queue_ = std::move(queue);
   }
-  queue->push(id);
+  if (is_over) return queue->push(id);
+  if (auto driver = driver_.lock()) driver->attend();
 }
 
 void CompletionQueue::push(std::uint64_t id) {

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "send_queue.h"
@@ -27,11 +28,23 @@ enum class Outcome : std::uint8_t {
 };
 
 class CompletionQueue;
+class Operation;
+
+// Makes operations go on; lets a thread that waits for one do that itself.
+class Driver {
+ public:
+  virtual ~Driver() = default;
+  // Somebody counts on an operation without waiting for it.
+  virtual void attend() noexcept = 0;
+  // Works until `operation` is finished or `timeout_s` has passed; may return earlier, also at once.
+  virtual void drive(const Operation& operation, double timeout_s) noexcept = 0;
+};
 
 // Thread safety: all methods may be called from any thread; `finish` takes effect once.
 class Operation {
  public:
-  explicit Operation(std::uint64_t operation_id) : id(operation_id) {}
+  explicit Operation(std::uint64_t operation_id, std::weak_ptr<Driver> driver = {})
+      : id(operation_id), driver_(std::move(driver)) {}
   virtual ~Operation() = default;
 
   const std::uint64_t id;
@@ -52,6 +65,7 @@ class Operation {
   std::atomic<std::int32_t> source{-1};
 
  private:
+  const std::weak_ptr<Driver> driver_;
   std::atomic<Outcome> outcome_{Outcome::kPending};
   mutable std::mutex mutex_;
   std::condition_variable finished_;

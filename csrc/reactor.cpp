@@ -262,10 +262,8 @@ const std::vector<Reactor::Event>& Reactor::wait(double timeout_s) {
     timeout_s = 0;
   }
   int timeout_ms = static_cast<int>(std::ceil(timeout_s * 1e3));
-  int count;
-  do {
-    count = ::epoll_wait(epoll_, ready.data(), static_cast<int>(ready.size()), timeout_ms);
-  } while (count < 0 && errno == EINTR);
+  // A signal counts as an event: else one that comes often would keep timers from running.
+  int count = ::epoll_wait(epoll_, ready.data(), static_cast<int>(ready.size()), timeout_ms);
   events_.clear();
   for (int i = 0; i < count; ++i) {
     if (ready[i].data.u64 == kWakeToken) continue;

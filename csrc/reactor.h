@@ -79,7 +79,7 @@ class Socket {
 
 // Waits for sockets and for other threads.
 //
-// Thread safety: `wake` from any thread; all else from one thread.
+// Thread safety: `wake` from any thread; `wait` from one at a time; the rest under the owner's lock.
 class Reactor {
  public:
   struct Event {

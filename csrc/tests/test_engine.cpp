@@ -176,6 +176,83 @@ void testCloseWithOperationsPending() {
   CHECK_THROWS(engines[0]->receive(memory.data(), 1, 1, {}, 1), std::runtime_error);
 }
 
+// Answers each message, or sends and awaits the answer; waits of all kinds take turns.
+void playPingPong(Engine& engine, bool is_first, std::int32_t tag, int count) {
+  std::uint32_t peer = is_first ? 1 : 0;
+  std::vector<std::uint8_t> sent(4096), received(4096);
+  MessageKey key{7, tag, kCounted};
+  auto send = [&](int i) {
+    sent.assign(sent.size(), static_cast<std::uint8_t>(i));
+    return engine.send(sent.data(), sent.size(), peer, key, {1, 0}, kLimitS);
+  };
+  auto await = [&](const OperationPtr& receive, int i) {
+    if (i % 7 == 0) receive->wait(1e-4);
+    if (i % 11 == 0) receive->notify(std::make_shared<CompletionQueue>());
+    if (i % 13 == 0) engine.stats();
+    CHECK(receive->wait(kLimitS));
+    CHECK(receive->outcome() == Outcome::kDone);
+    CHECK(received.front() == static_cast<std::uint8_t>(i));
+    CHECK(received.back() == static_cast<std::uint8_t>(i));
+  };
+  for (int i = 0; i < count; ++i) {
+    auto receive = engine.receive(received.data(), received.size(), static_cast<int>(peer), key,
+                                  kLimitS);
+    if (!is_first) await(receive, i);
+    auto send_ended = send(i);
+    if (is_first) await(receive, i);
+    CHECK(send_ended->wait(kLimitS));
+    if (i % 50 == 0) ::usleep(1000);  // the I/O thread resumes the lead
+  }
+}
+
+// Callers lead the loop: alone, and then several of them who compete for it.
+void testPingPong() {
+  EngineOptions options;
+  options.heartbeat_s = 0.01;
+  options.dead_s = 5;
+  Engines engines = makeEngines(2, options);
+  connectAll(engines, false);
+  for (int num_pairs : {1, 3}) {
+    std::vector<std::thread> threads;
+    for (int tag = 0; tag < num_pairs; ++tag) {
+      for (bool is_first : {true, false}) {
+        Engine& engine = *engines[is_first ? 0 : 1];
+        threads.emplace_back([&engine, is_first, tag] { playPingPong(engine, is_first, tag, 500); });
+      }
+    }
+    for (auto& thread : threads) thread.join();
+  }
+  for (const auto& engine : engines) CHECK(engine->stats().protocol_errors == 0);
+}
+
+// One who leads the loop while he waits hears of the end of the engine and of the peer, keeps to the
+// time limits of his wait and of the operation, and is no obstacle to others.
+void testEndsWhileCallersLead() {
+  for (int round = 0; round < 8; ++round) {
+    Engines engines = makeEngines(2, {});
+    connectAll(engines, false);
+    std::thread first([&] { playPingPong(*engines[0], true, 0, 40); });
+    playPingPong(*engines[1], false, 0, 40);
+    first.join();
+    std::vector<std::uint8_t> memory(4096);
+    MessageKey key{8, 0, kCounted};
+    auto lasting = engines[0]->receive(memory.data(), memory.size(), 1, key, 1e9);
+    CHECK(!lasting->wait(1e-3));
+    auto brief = engines[0]->receive(memory.data(), memory.size(), 1, key, 0.02);
+    CHECK(brief->wait(kLimitS));
+    CHECK(brief->outcome() == Outcome::kTimedOut);
+    auto other = engines[1]->receive(memory.data(), memory.size(), 0, key, 1e9);
+    std::thread waiter([&] { CHECK(lasting->wait(kLimitS)); });
+    std::thread other_waiter([&] { CHECK(other->wait(kLimitS)); });
+    if (round % 2) ::usleep(2000);
+    engines[0]->close(round % 4 < 2 ? 0 : 0.01);
+    waiter.join();
+    other_waiter.join();
+    CHECK(lasting->outcome() == Outcome::kClosed);
+    CHECK(other->outcome() == Outcome::kPeerLost);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -186,5 +263,7 @@ int main() {
   testEmulatedMedia(Protection::kEncrypt);
   testCollectives();
   testCloseWithOperationsPending();
+  testPingPong();
+  testEndsWhileCallersLead();
   return 0;
 }
