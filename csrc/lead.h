@@ -11,7 +11,7 @@ namespace dora {
 // The right to run the event loop; exactly one thread has it, or for a moment nobody.
 //
 // A message that wakes the I/O thread, which then wakes the caller, costs two wake-ups; one that
-// wakes the caller itself costs one (round trips of 4 KiB on loopback, two cores: 46 instead of 54
+// wakes the caller itself costs one (round trips of 4 KiB on loopback, two cores: 51 instead of 69
 // us). So when nothing is under way, and somebody would have waited, the I/O thread opens the lead.
 // A caller who waits takes it, and gives it back when others need the loop, else leaves it open for
 // the next one: during a ping-pong the I/O thread only looks on, and it resumes the lead when callers

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -22,8 +23,6 @@ void check(Priority priority) {
   }
 }
 
-bool canAge(std::uint8_t traffic_class) { return traffic_class > kActivation; }
-
 }  // namespace
 
 SendQueue::SendQueue(double aging_s, std::uint64_t credit_bytes)
@@ -32,6 +31,7 @@ SendQueue::SendQueue(double aging_s, std::uint64_t credit_bytes)
     throw std::invalid_argument("aging_s is " + std::to_string(aging_s) +
                                 "; use more than 0, or infinity for no ageing");
   }
+  waiting_s_.fill(-std::numeric_limits<double>::infinity());
 }
 
 void SendQueue::post(std::uint64_t id, std::uint64_t num_bytes, Priority priority, double now_s,
@@ -41,7 +41,7 @@ void SendQueue::post(std::uint64_t id, std::uint64_t num_bytes, Priority priorit
   message.key = {priority.traffic_class, priority.deadline, posts_};
   message.num_bytes = num_bytes;
   message.unit_bytes = priority.unit_bytes;
-  message.posted_s = message.aged_s = now_s;
+  message.posted_s = message.waiting_s = now_s;
   message.posted_class = priority.traffic_class;
   message.is_ready = is_ready;
   if (!messages_.emplace(id, message).second) {
@@ -57,7 +57,7 @@ bool SendQueue::setReady(std::uint64_t id) {
   auto entry = messages_.find(id);
   if (entry == messages_.end()) return false;
   entry->second.is_ready = true;
-  ready_.emplace(entry->second.key, id);
+  enter(id, entry->second);
   return true;
 }
 
@@ -66,7 +66,7 @@ bool SendQueue::reprioritise(std::uint64_t id, Priority priority) {
   auto entry = messages_.find(id);
   if (entry == messages_.end()) return false;
   Message& message = entry->second;
-  leave(id, message);
+  ready_.erase(message.key);
   message.key = {priority.traffic_class, priority.deadline, std::get<2>(message.key)};
   enter(id, message);
   return true;
@@ -112,31 +112,36 @@ void SendQueue::acknowledge(std::uint64_t num_bytes) {
   outstanding_bytes_ -= std::min(num_bytes, outstanding_bytes_);
 }
 
-// One step per message and call: the clock restarts now, not when the step was due.
+// One step per class and call: the clock restarts now, not when the step was due.
 void SendQueue::age(double now_s) {
-  while (!aging_.empty() && aging_.begin()->first <= now_s) {
-    const std::uint64_t id = aging_.begin()->second;
+  for (std::uint8_t c = kActivation + 1; c < kNumClasses; ++c) {
+    auto first = firstOf(c);
+    if (first == ready_.end() || now_s - waiting_s_[c] < aging_s_) continue;
+    const std::uint64_t id = first->second;
+    ready_.erase(first);
     Message& message = messages_.at(id);
-    leave(id, message);
     --std::get<0>(message.key);
-    message.aged_s = now_s;
+    message.waiting_s = waiting_s_[c] = now_s;
     enter(id, message);
   }
 }
 
-void SendQueue::enter(std::uint64_t id, const Message& message) {
-  if (message.is_ready) ready_.emplace(message.key, id);
-  if (canAge(std::get<0>(message.key))) aging_.emplace(agesAt(message), id);
+SendQueue::Ready::iterator SendQueue::firstOf(std::uint8_t traffic_class) {
+  auto first = ready_.lower_bound({traffic_class, -std::numeric_limits<double>::infinity(), 0});
+  const bool is_any = first != ready_.end() && std::get<0>(first->first) == traffic_class;
+  return is_any ? first : ready_.end();
 }
 
-void SendQueue::leave(std::uint64_t id, const Message& message) {
-  ready_.erase(message.key);
-  aging_.erase({agesAt(message), id});
+void SendQueue::enter(std::uint64_t id, const Message& message) {
+  if (!message.is_ready) return;
+  const std::uint8_t c = std::get<0>(message.key);
+  if (firstOf(c) == ready_.end()) waiting_s_[c] = std::max(waiting_s_[c], message.waiting_s);
+  ready_.emplace(message.key, id);
 }
 
 void SendQueue::erase(Messages::iterator entry) {
   const auto& [id, message] = *entry;
-  leave(id, message);
+  ready_.erase(message.key);
   if (current_ == id) current_.reset();
   queued_bytes_ -= message.num_bytes - message.offset;
   messages_.erase(entry);
@@ -145,6 +150,7 @@ void SendQueue::erase(Messages::iterator entry) {
 void SendQueue::noteService(std::uint64_t id, Message& message, double now_s) {
   if (current_ && *current_ != id) ++stats_.preemptions;
   current_ = id;
+  waiting_s_[std::get<0>(message.key)] = now_s;
   if (message.is_started) return;
   message.is_started = true;
   ++stats_.messages[message.posted_class];

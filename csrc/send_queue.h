@@ -8,10 +8,8 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <set>
 #include <tuple>
 #include <unordered_map>
-#include <utility>
 
 namespace dora {
 
@@ -44,10 +42,10 @@ struct QueueStats {
 
 // Messages to one peer, cut into chunks.
 //
-// Order: (class, deadline, post order); FIFO among equals. A message that has waited `aging_s`
-// since it was posted or last aged moves up one class, never into kUrgent or above, so bulk can
-// not starve. A message that is not ready (no grant yet) is skipped; a ready head without credit
-// is waited for and never overtaken.
+// Order: (class, deadline, post order); FIFO among equals. The first message of a class of which
+// nothing has left for `aging_s` moves up one class, never into kUrgent or above: so bulk can not
+// starve, and what was posted together does not overtake together. A message that is not ready (no
+// grant yet) is skipped; a ready head without credit is waited for and never overtaken.
 //
 // Thread safety: none; the owner's thread only.
 // Units: bytes, seconds.
@@ -100,7 +98,7 @@ class SendQueue {
     std::uint64_t unit_bytes;
     std::uint64_t offset = 0;
     double posted_s;
-    double aged_s;  // when it was posted or last moved up
+    double waiting_s;  // since when: it was posted or moved up
     std::uint8_t posted_class;
     bool is_ready;
     bool is_started = false;
@@ -108,11 +106,12 @@ class SendQueue {
   using Messages = std::unordered_map<std::uint64_t, Message>;
 
   void age(double now_s);
-  void enter(std::uint64_t id, const Message& message);  // into the two indices
-  void leave(std::uint64_t id, const Message& message);
+  using Ready = std::map<Key, std::uint64_t>;  // what may be served, first one first
+
+  Ready::iterator firstOf(std::uint8_t traffic_class);  // ready_.end(): none
+  void enter(std::uint64_t id, const Message& message);  // what is ready
   void erase(Messages::iterator entry);
   void noteService(std::uint64_t id, Message& message, double now_s);
-  double agesAt(const Message& message) const { return message.aged_s + aging_s_; }
 
   double aging_s_;
   std::uint64_t credit_bytes_;
@@ -121,8 +120,8 @@ class SendQueue {
   std::uint64_t posts_ = 0;
   std::optional<std::uint64_t> current_;  // served last and unfinished, for counting preemptions
   Messages messages_;
-  std::map<Key, std::uint64_t> ready_;                // what may be served
-  std::set<std::pair<double, std::uint64_t>> aging_;  // (when it ages next, id)
+  Ready ready_;
+  std::array<double, kNumClasses> waiting_s_;  // since when each class does, while it has any ready
   QueueStats stats_;
 };
 

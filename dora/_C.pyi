@@ -54,7 +54,8 @@ class Engine:
         heartbeat_s: A silent connection is asked for a sign of life this often.
         dead_s: A peer that is silent for so long is lost.
         connect_timeout_s: Limit of connecting and authenticating.
-        aging_s: A message that waits so long moves up a class, up to `activation`.
+        aging_s: The first message of a class of which nothing leaves so long moves up one, up to
+            `activation`.
         pacing: Limit the rate to just below the link's, so that no queue builds up in it.
         dscp: Mark sockets with a class for access points (WMM).
         log_frames: How many of the latest frames `log()` returns.

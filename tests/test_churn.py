@@ -14,6 +14,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ TIMEOUT_S = 3.0
 _BATCHES = 40
 _RATES_BYTES_PER_S = (2e5, 5e6)
 _MAX_GROWTH_BYTES = 64 << 20
+# A snapshot is taken beside the steps, and takes longer than one on the slowest of those networks.
+_MOST_LOST = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(DURATION_S + 400)]
 
@@ -144,7 +147,7 @@ def check_losses(facts: dict[str, Any]) -> None:
     applied: list[int] = []
     resumed = 0
     for kind, call, lost in facts["events"]:
-        assert lost <= (2 if kind == "recovery" else 0)
+        assert lost <= (_MOST_LOST if kind == "recovery" else 0)
         applied += range(resumed, call)
         del applied[len(applied) - lost :]
         resumed = call
@@ -190,7 +193,8 @@ def test_training_survives_whatever_happens(tmp_path):
             raise AssertionError(f"seed {seed}: {churn.done[-3:]}: {error}: {ended}") from error
         end(tmp_path)
         facts = [running.value(rank, 60) for rank in range(3)]
-    summary = {"seed": seed, "steps": facts[0]["steps"], "events": len(facts[0]["events"])}
+    lost = Counter(lost for kind, _, lost in facts[0]["events"] if kind == "recovery")
+    summary = {"seed": seed, "steps": facts[0]["steps"], "lost": lost}
     print(json.dumps({**summary, "first": facts[0]["used"][settled], "last": facts[0]["used"][-1]}))
     print(json.dumps(churn.done))
     check_losses(facts[0])

@@ -17,21 +17,38 @@ class Oracle:
     def __init__(self, aging_s, credit_bytes):
         self.aging_s, self.credit, self.outstanding = aging_s, credit_bytes, 0
         self.messages, self.posts, self.current, self.preemptions = {}, count(), None, 0
+        self.waiting_s = [-math.inf] * 5
 
     def post(self, id, size, traffic_class, deadline, now_s, is_ready, unit):
         self.messages[id] = dict(cls=traffic_class, deadline=deadline, post=next(self.posts))
-        self.messages[id] |= dict(size=size, offset=0, aged_s=now_s, ready=is_ready, unit=unit)
+        self.messages[id] |= dict(size=size, offset=0, ready=False, unit=unit, waiting_s=now_s)
+        if is_ready:
+            self.enter(id)
+
+    def ready(self):
+        return sorted((m["cls"], m["deadline"], m["post"], id)
+                      for id, m in self.messages.items() if m["ready"])  # fmt: skip
+
+    def enter(self, id, **changes):
+        """Makes a message ready, in the class given."""
+        m = self.messages[id]
+        m |= {"ready": False, **changes}
+        if all(cls != m["cls"] for cls, *_ in self.ready()):
+            self.waiting_s[m["cls"]] = max(self.waiting_s[m["cls"]], m["waiting_s"])
+        m["ready"] = True
 
     def next(self, now_s, chunk_bytes):
-        for m in self.messages.values():
-            if m["cls"] > 2 and m["aged_s"] + self.aging_s <= now_s:
-                m["cls"], m["aged_s"] = m["cls"] - 1, now_s
-        ready = [(m["cls"], m["deadline"], m["post"], id) for id, m in self.messages.items()
-                 if m["ready"]]  # fmt: skip
+        for c in (3, 4):
+            waiting = [id for cls, *_, id in self.ready() if cls == c]
+            if waiting and now_s - self.waiting_s[c] >= self.aging_s:
+                self.waiting_s[c] = now_s
+                self.enter(waiting[0], cls=c - 1, waiting_s=now_s)
+        ready = self.ready()
         if not ready or self.outstanding >= self.credit:
             return None
-        id = min(ready)[-1]
+        id = ready[0][-1]
         m = self.messages[id]
+        self.waiting_s[m["cls"]] = now_s
         self.preemptions += self.current in self.messages and self.current != id
         whole = max(chunk_bytes // m["unit"], 1) * m["unit"]
         offset, size = m["offset"], min(whole, m["size"] - m["offset"])
@@ -57,10 +74,15 @@ def step(queue, oracle, random, id, now_s):
             assert queue.next(now_s, CHUNK) == oracle.next(now_s, CHUNK)
         case "ready":
             assert queue.set_ready(known) == (known in oracle.messages)
-            oracle.messages.get(known, {})["ready"] = True
+            if known in oracle.messages and not oracle.messages[known]["ready"]:
+                oracle.enter(known)
         case "move":
             assert queue.reprioritise(known, *priority) == (known in oracle.messages)
-            oracle.messages.get(known, {}).update(cls=priority[0], deadline=priority[1])
+            changes = dict(zip(("cls", "deadline"), priority, strict=True))
+            if oracle.messages.get(known, {}).get("ready"):
+                oracle.enter(known, **changes)
+            else:
+                oracle.messages.get(known, {}).update(changes)
         case "cancel":
             assert queue.cancel(known) == (oracle.messages.pop(known, None) is not None)
         case "ack":
@@ -163,6 +185,20 @@ def test_bulk_under_a_flood_is_served_within_the_aging_bound(aging_s, steps):
             break
     # Two classes up, each noticed at most a step late; then it is the oldest of its class.
     assert 2 * aging_s * (1 - 1e-9) <= now_s <= 2 * (aging_s + step_s) + 1e-9
+
+
+def test_what_was_posted_together_does_not_overtake_together():
+    queue = SendQueue(1.0, UNLIMITED)
+    for id in range(10):
+        queue.post(id, 1, 3, 0.0, 0.0)
+    served = []
+    for i in range(10, 50):  # a flood for ten times as long as a message waits before it ages
+        queue.post(i, 1, 2, 0.0, i / 4)
+        served.append(queue.next(i / 4, CHUNK)[0])
+    bulk = [i for i, id in enumerate(served) if id < 10]
+    assert [served[i] for i in bulk] == list(range(len(bulk)))
+    assert all(later - i >= 4 for i, later in zip(bulk, bulk[1:], strict=False))
+    assert len(bulk) >= 8
 
 
 @pytest.mark.parametrize("traffic_class", [2, 3, 4])

@@ -108,7 +108,8 @@ class ChunkedTransport:
         backend: "gloo", or "nccl" for CUDA tensors beside CPU tensors, which go through gloo;
             NCCL needs a GPU per rank, set with torch.cuda.set_device before.
         chunk_bytes: What an urgent message may have to wait for, twice.
-        aging_s: A message that waits so long moves up a class; see csrc/send_queue.h.
+        aging_s: The first message of a class of which nothing leaves so long moves up one; see
+            csrc/send_queue.h.
     """
 
     def __init__(

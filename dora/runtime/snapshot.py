@@ -18,13 +18,8 @@ from dora.errors import DoraError
 from dora.runtime.parcel import Parcel, room
 from dora.runtime.priority import WEIGHTS
 from dora.runtime.tags import SNAPSHOT_TAG
-from dora.runtime.transport import Transport
+from dora.runtime.transport import Pending, Transport
 from dora.spec import Plan
-
-# What waits for some seconds is sent before activations (csrc/send_queue.h), so that it gets there
-# at all; and what is posted together comes of age together: then a step waits for all that is left
-# of a snapshot. So one piece waits at a time, and a piece is short: 70 ms at 30 Mbit/s.
-PIECE_BYTES = 2**18
 
 
 class Version(NamedTuple):
@@ -133,35 +128,24 @@ class Snapshots:
     def _exchange(
         self, snapshot: Snapshot, outgoing: Mapping[str, Parcel], to: int | None, of: Sequence[int]
     ) -> None:
-        given: list[bool] = []
-        giver = threading.Thread(
-            target=lambda: given.append(self._gives(outgoing, to)), daemon=True
-        )
-        giver.start()
         try:
+            sends = [] if to is None else self._send(outgoing, to)
             for src in of:
                 self._receive(snapshot, src)
-            is_received = True
+            for send in sends:
+                send.wait(self._timeout_s)
+            snapshot.is_done = True
         except DoraError:  # a rank was lost: the recovery asks what is complete
-            is_received = False
-        giver.join()
-        snapshot.is_done = is_received and given == [True]
-        snapshot.is_failed = not snapshot.is_done
+            snapshot.is_failed = True
 
-    def _gives(self, outgoing: Mapping[str, Parcel], to: int | None) -> bool:
-        """Sends the copies, one piece after the other, and returns whether all of them arrived."""
-        if to is None:
-            return True
+    def _send(self, outgoing: Mapping[str, Parcel], to: int) -> list[Pending]:
         layouts = {name: parcel.layout() for name, parcel in outgoing.items()}
         head = torch.frombuffer(bytearray(json.dumps(layouts).encode()), dtype=torch.uint8)
-        pieces = [piece for p in outgoing.values() for piece in p.chunks(PIECE_BYTES)]
-        try:
-            for x in (torch.tensor(head.numel()), head, *pieces):
-                send = self._transport.send(x, to, SNAPSHOT_TAG, "snapshot", priority=WEIGHTS)
-                send.wait(self._timeout_s)
-        except DoraError:
-            return False
-        return True
+        chunks = [chunk for parcel in outgoing.values() for chunk in parcel.chunks()]
+        return [
+            self._transport.send(x, to, SNAPSHOT_TAG, "snapshot", priority=WEIGHTS)
+            for x in (torch.tensor(head.numel()), head, *chunks)
+        ]
 
     def _receive(self, snapshot: Snapshot, src: int) -> None:
         size = torch.tensor(0)
@@ -172,7 +156,7 @@ class Snapshots:
         coming = {
             name: [
                 self._transport.receive(chunk, src, SNAPSHOT_TAG, "snapshot")
-                for chunk in parcel.chunks(PIECE_BYTES)
+                for chunk in parcel.chunks()
             ]
             for name, parcel in parcels.items()
         }
