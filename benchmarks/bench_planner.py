@@ -85,7 +85,7 @@ def judge(seed: int) -> Verdict:
     middle = time.process_time()
     chosen = _plans(one, qoe)
     end = time.process_time()
-    value = _values(chosen)[0][one.objective == "energy"] if chosen else inf
+    value = min((v[one.objective == "energy"] for v in _values(chosen)), default=inf)
     if best == inf:
         return Verdict(
             seed, one.text, inf if chosen else 0.0, 1, 1, 0, middle - start, end - middle
@@ -211,7 +211,7 @@ def plan_once(num_devices: int, num_blocks: int, kind: str) -> Speed:
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     found = search(one.profile, one.cluster, workload)
     cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
-    makespan_s = _values(found.plans)[0][0] if found.plans else inf
+    makespan_s = min((seconds for seconds, _ in _values(found.plans)), default=inf)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024.0 for line in status if line.startswith("VmHWM"))
     return Speed(cpu_s, wall_s, peak, found.gap, found.num_evaluated, makespan_s)

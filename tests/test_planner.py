@@ -387,11 +387,11 @@ def test_search_against_brute_force(problem, slack):
         if not values:
             return
         best = min(value[i] for value in values if value[2])
-        cost = result.plans[0].cost
-        reached = (cost.makespan_s, cost.energy_j)[i]
+        plans = sorted(result.plans, key=lambda p: (p.cost.makespan_s, p.cost.energy_j)[i])
+        reached = (plans[0].cost.makespan_s, plans[0].cost.energy_j)[i]
         # An order of transfers by consumer may be that far behind the one by tails.
         assert reached * (1 - CLEAR_GAIN) <= best * 1.01
-        again = predict(*problem, result.plans[0]).cost
+        again = predict(*problem, plans[0]).cost
         assert (again.makespan_s, again.energy_j)[i] <= best * 1.01
         # What is claimed of all other chains holds of all of them.
         proven = min((value[i] for value in values if value[2]), default=inf)
@@ -403,9 +403,10 @@ def test_search_against_brute_force(problem, slack):
     by_speed = [value for value in values if value[2]]
     limit_j = min(value[1] for value in by_speed) * slack
     best_s = min(value[0] for value in by_speed if value[1] <= limit_j * (1 + 1e-9))
-    found = search(*problem, QoE(energy_j=limit_j * 1.001), effort_s=EFFORT_S).plans[0]
-    assert found.cost.makespan_s * (1 - CLEAR_GAIN) <= best_s * 1.01
-    assert found.cost.energy_j <= limit_j * 1.001 * (1 + 1e-9)
+    found = search(*problem, QoE(energy_j=limit_j * 1.001), effort_s=EFFORT_S).plans
+    fastest = min(found, key=lambda p: p.cost.makespan_s)
+    assert fastest.cost.makespan_s * (1 - CLEAR_GAIN) <= best_s * 1.01
+    assert fastest.cost.energy_j <= limit_j * 1.001 * (1 + 1e-9)
 
 
 def bounds_of(known, cluster):
@@ -437,6 +438,11 @@ def test_no_layout_beats_its_bounds(problem):
         assert chain.bound_j <= price_j * (1 + 1e-9)
 
 
+def merit(found):
+    """What plans are sorted by: one device goes first if others gain no more than that."""
+    return found.cost.makespan_s * (1 - CLEAR_GAIN if len(devices_of(found)) == 1 else 1)
+
+
 @settings(max_examples=15)
 @given(problem=problems())
 def test_plans_are_a_front_within_memory(problem):
@@ -464,8 +470,8 @@ def test_plans_are_a_front_within_memory(problem):
         share = max(m.peak_bytes / memory[m.device] for m in found.cost.memory)
         values.append((again.makespan_s, again.energy_j, share))
     assert len(set(result.plans)) == len(result.plans) <= 12
-    times = [found.cost.makespan_s for found in result.plans]
-    assert times == sorted(times, key=lambda s: float(f"{s:.9g}"))
+    merits = [merit(found) for found in result.plans]
+    assert merits == sorted(merits, key=lambda s: float(f"{s:.9g}"))
     others = [v for v, p in zip(values, result.plans, strict=True) if p != result.best_single]
     for a, b in permutations(others, 2):
         assert not all(x <= y * (1 - 1e-6) for x, y in zip(a, b, strict=True))
@@ -486,7 +492,7 @@ def test_gap_shrinks_with_effort():
     assert little.gap > 0
     assert not little.is_optimal
     assert much.gap < little.gap
-    best_s, first_s = much.plans[0].cost.makespan_s, little.plans[0].cost.makespan_s
+    best_s, first_s = (min(p.cost.makespan_s for p in found.plans) for found in (much, little))
     assert first_s * (1 - little.gap) <= best_s <= first_s
 
 
@@ -503,6 +509,15 @@ def test_fast_link_uses_both_devices():
 def test_slow_link_answers_one_device():
     best = plan(*two([0.1] * 4, [0.09] * 4, rate=100.0))[0]
     assert devices_of(best) == ["b"]
+
+
+@pytest.mark.parametrize(("times_slower", "used"), [(14, ["a", "b"]), (15.8, ["b"])])
+def test_a_gain_too_small_to_see_takes_no_second_device(times_slower, used):
+    # A sixteenth of the batch on the slow device saves 6 %, and 1 % if that takes nearly as long.
+    result = search(*two([0.01 * times_slower] * 4, [0.01] * 4, rate=1e9))
+    assert sorted(devices_of(result.plans[0])) == used
+    fastest = min(result.plans, key=lambda p: p.cost.makespan_s)
+    assert sorted(devices_of(fastest)) == ["a", "b"]
 
 
 def test_missing_links_answer_one_device():
@@ -798,7 +813,7 @@ def test_generation_against_brute_force(times, rate, tokens, m):
             chain = bounds_of(known, cluster).get(layout.groups)  # None: a twin in its place.
             assert chain is None or chain.bound_s <= price_s * (1 + 1e-9)
     result = search(*problem, effort_s=EFFORT_S)
-    reached_s = result.plans[0].cost.makespan_s
+    reached_s = min(found.cost.makespan_s for found in result.plans)
     assert reached_s <= best_s * 1.01
     assert best_s >= reached_s * (1 - result.gap) * (1 - 1e-9)
 

@@ -40,14 +40,15 @@ class SearchResult(NamedTuple):
     """Everything that a search found out.
 
     Attributes:
-        plans: Within the QoE, none worse than another in time, energy and memory; best first.
+        plans: Within the QoE, none worse than another in time, energy and memory; best first, but
+            one device before several that are better by less than `CLEAR_GAIN`.
         rejected: (candidate, reason), nearest first.
         best_single: Best plan on one device, even if it breaks the QoE; None if none has the
             memory for the model.
         problem: Why `plans` is empty, in one line; '' otherwise.
-        is_optimal: No chain of groups at the windows and shares tried is better than the first, as
+        is_optimal: No chain of groups at the windows and shares tried is better than the best, as
             far as the search tells them apart: each with its transfers by their tails.
-        gap: What any of those could still gain at most, as a share of the first one's value. That
+        gap: What any of those could still gain at most, as a share of the best one's value. That
             is of its own order of transfers, which is up to `CLEAR_GAIN` behind that by tails.
         num_placements: Chains of device groups that were bounded.
         num_evaluated: Layouts that were played.
@@ -152,8 +153,8 @@ def _result(run: Exploration, objective: str, floor: float) -> SearchResult:
         guarded(scheduled(plan, candidate, network, run.wanted), run.max_loss)
         for plan, candidate in zip(to_plans(chosen, names), chosen, strict=True)
     ]
-    plans.sort(key=lambda plan: _value(plan, objective))  # the order of transfers may change it
-    reached = _value(plans[0], objective) if plans else 0.0
+    plans.sort(key=lambda plan: _merit(plan, objective))  # the order of transfers may change it
+    reached = min((_value(plan, objective) for plan in plans), default=0.0)
     return SearchResult(
         plans=plans,
         rejected=rejections(
@@ -179,6 +180,15 @@ def _value(plan: Plan, objective: str) -> float:
     """Returns seconds or joules."""
     assert plan.cost is not None
     return plan.cost.makespan_s if objective == "time" else plan.cost.energy_j
+
+
+def _merit(plan: Plan, objective: str) -> float:
+    """Returns what plans are sorted by: several devices have to be worth their trouble.
+
+    They wait for each other, and each may fail; a gain that small is not seen on real devices.
+    """
+    is_alone = len(plan.stages) == len(plan.stages[0].replicas) == 1
+    return _value(plan, objective) * (1 - CLEAR_GAIN if is_alone else 1)
 
 
 def scheduled(
