@@ -50,6 +50,8 @@ LIMIT_S = 100.0
 _CAUTION = 0.9
 # Until the last packets of a killed job have come.
 _CLEAR_S = 0.3
+# Of what happens to the jobs, each with and without the adapter in turn.
+REPEATS = 3
 # Steps in a row that show that it is over.
 _CALM_STEPS = 3
 
@@ -336,19 +338,23 @@ def live(place: Place, table: Table, *, is_quick: bool) -> tuple[list[Row], dict
     qoe = QoE(step_s=BOUND * best, objective="time")
     bank = [first, *(plan for plan in bank if plan is not first)]
     after_s, length_s = (5.0, 12.0) if is_quick else (8.0, 14.0)
-    rows, found, agree = [], {}, []
-    for happening in list(happenings())[:: 3 if is_quick else 1]:
+    chosen = list(happenings())[:: 3 if is_quick else 1]
+    found: dict[tuple[str, bool], list[Trouble]] = {}
+    agree = []
+    for happening in chosen * (1 if is_quick else REPEATS):
         then_s = fastest(predict, bank, happening.rest)[0]
         for adapts in (True, False) if happening.name != "hub killed" or not is_quick else (True,):
             place.write(workload=TRAIN, qoe=qoe, bank=tuple(bank), adapts=adapts)
             told = run_job(place, "train", length_s=after_s + length_s, happening=happening,
                            after_s=after_s)  # fmt: skip
             result = trouble(told, qoe.step_s or 0.0, then_s, length_s)
-            found[happening.name, adapts] = result
+            found.setdefault((happening.name, adapts), []).append(result)
             if "killed" in happening.name:
                 agree.append(losses_agree(told))
             show(table, happening.name, adapts, result, qoe.step_s or 0.0, then_s)
-            rows += rows_of(happening.name, adapts, result)
+    rows = [
+        row for (name, adapts), results in found.items() for row in rows_of(name, adapts, results)
+    ]
     return rows, verdict(found, agree)
 
 
@@ -367,26 +373,33 @@ def show(
     )
 
 
-def rows_of(name: str, adapts: bool, result: Trouble) -> Iterator[Row]:
-    who = "adapter" if adapts else "without"
-    single = {
-        "late_steps": ("1", float(result.late)), "late": ("s", result.late_s),
-        "recovery": ("s", result.recovery_s), "calm_step": ("s", result.calm_s),
-        "loss_to_step": ("s", result.lost_s),
-    }  # fmt: skip
-    for metric, (unit, value) in single.items():
-        if value is not None:
-            yield Row(name, who, metric, unit, Samples([value]))
-    if result.switches_s:
-        yield Row(name, who, "switch", "s", Samples(result.switches_s))
-    if result.rescheduled_s:
-        yield Row(name, who, "reschedule", "s", Samples(result.rescheduled_s))
+def rows_of(name: str, adapts: bool, results: Sequence[Trouble]) -> Iterator[Row]:
+    values = {
+        "late_steps": ("1", [float(r.late) for r in results]),
+        "late": ("s", [r.late_s for r in results]),
+        "recovery": ("s", [r.recovery_s for r in results if r.recovery_s is not None]),
+        "never_recovered": ("1", [float(sum(r.recovery_s is None for r in results))]),
+        "calm_step": ("s", [r.calm_s for r in results]),
+        "loss_to_step": ("s", [r.lost_s for r in results if r.lost_s is not None]),
+        "switch": ("s", [s for r in results for s in r.switches_s]),
+        "reschedule": ("s", [s for r in results for s in r.rescheduled_s]),
+    }
+    for metric, (unit, samples) in values.items():
+        if samples:
+            yield Row(name, "adapter" if adapts else "without", metric, unit, Samples(samples))
 
 
-def verdict(found: dict[tuple[str, bool], Trouble], agree: Sequence[bool]) -> dict[str, Metric]:
-    ours = [result for (_, adapts), result in found.items() if adapts]
-    lost = [r.lost_s for r in found.values() if r.lost_s is not None]
-    pairs = [(found[n, True], found[n, False]) for n, a in found if a and (n, False) in found]
+def verdict(
+    found: dict[tuple[str, bool], list[Trouble]], agree: Sequence[bool]
+) -> dict[str, Metric]:
+    ours = [result for (_, adapts), results in found.items() if adapts for result in results]
+    lost = [r.lost_s for results in found.values() for r in results if r.lost_s is not None]
+    pairs = [
+        pair
+        for name, adapts in found
+        if adapts and (name, False) in found
+        for pair in zip(found[name, True], found[name, False], strict=True)
+    ]
     own_s, their_s = (sum(r.late_s for r in some) for some in zip(*pairs, strict=True))
     recoveries = [r.recovery_s for r in ours if r.recovery_s is not None]
     shares = [own.calm_s / their.calm_s - 1 for own, their in pairs]
