@@ -43,10 +43,8 @@ constexpr double kShortQueueS = 0.0014;
 constexpr double kTrimS = 0.040;
 constexpr double kMinTrim = 0.95;
 
-// A burst may be as fast as the link was in better times for so long; the kernel's smoothed round
-// trip tells of a queue, but tells of the burst before in the beginning.
-constexpr double kBurstS = 0.5;
-constexpr double kStaleRttS = 0.040;
+// Shares of a medium differ by more than noise and the bursts of token buckets do.
+constexpr double kShared = 1.25;
 
 // A sample within a probe of a faster link shows up to 1.15; noise rarely shows 1.08. Going on at
 // once, a link that became 3 times as fast is found within 5 probes in a row instead of 5 seconds.
@@ -57,8 +55,6 @@ constexpr double kFoundMore = 1.08;
 void RateEstimator::onSent(std::uint64_t sent_bytes, double now_s) {
   if (acked_bytes_ >= sent_bytes_) {
     marks_ = {{acked_bytes_, now_s, now_s, true}};
-    burst_start_s_ = now_s;
-    burst_has_queue_ = false;
   }
   if (now_s - cycle_start_s_ >= cycleS()) startCycle(now_s);
   sent_bytes_ = sent_bytes;
@@ -136,22 +132,16 @@ double RateEstimator::probeS() const {
 double RateEstimator::cycleS() const { return std::max(kMinCycleS, kCycleProbes * probeS()); }
 
 void RateEstimator::onQueueing(double queue_s, double now_s) {
-  if (queue_s > kLongQueueS && now_s - burst_start_s_ > kStaleRttS) burst_has_queue_ = true;
   if (now_s - trimmed_s_ < kTrimS) return;
   trimmed_s_ = now_s;
   if (queue_s > kLongQueueS) trim_ = std::max(kMinTrim, trim_ * 0.99);
   if (queue_s < kShortQueueS) trim_ = std::min(1.0, trim_ * 1.002);
 }
 
-bool RateEstimator::isFreshBurst(double now_s) const {
-  return !burst_has_queue_ && now_s - burst_start_s_ < kBurstS &&
-         peak_.front().rate > kFoundMore * best_.front().rate;
-}
-
 double RateEstimator::paceBytesPerS(double now_s) const {
   const auto rate = rateBytesPerS();
   if (!rate || now_s < first_sample_s_ + kWarmUpS || *rate > kMaxPacedBytesPerS) return 0;
-  if (isFreshBurst(now_s)) return peak_.front().rate;
+  if (peak_.front().rate > kShared * *rate) return peak_.front().rate;
   const double phase_s = now_s - cycle_start_s_;
   const double probe_s = probeS();
   const double pace = trim_ * *rate;

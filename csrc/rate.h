@@ -23,9 +23,9 @@ class RateEstimator {
  public:
   static constexpr double kWindowS = 2.0;
 
-  // A burst starts at the largest sample of this long: while several devices sent at a time, the
-  // samples were shares of the medium, and a sender that paces by its share leaves the rest to the
-  // others for good.
+  // The pace is that of the largest sample of this long if the present ones are far below: then
+  // several devices share the medium, and one that paces by its share leaves the rest unused
+  // whenever the others wait.
   static constexpr double kPeakWindowS = 30.0;
 
   // Longer samples suffer less from late, bunched acknowledgements, but those over 40 ms do not fit
@@ -58,8 +58,7 @@ class RateEstimator {
   // so that no queue builds up in it, with a short probe above it every second so that a rise is
   // noticed, followed by a drain as long; a probe that finds more goes on from there at once. No
   // limit while unknown, in the first 100 ms of samples, or above 250 MB/s, where a queue of one
-  // chunk costs less than pacing. The first half second after nothing was outstanding goes at the
-  // rate of better times, until a queue shows that these are over.
+  // chunk costs less than pacing. On a medium that seems to be shared: the rate of better times.
   double paceBytesPerS(double now_s) const;
 
  private:
@@ -83,7 +82,6 @@ class RateEstimator {
   void startCycle(double now_s);
   void measure(const Probe& probe, double now_s);
   void add(Sample sample);
-  bool isFreshBurst(double now_s) const;
   double probeS() const;  // how long to probe
   double cycleS() const;  // from probe to probe
 
@@ -95,8 +93,6 @@ class RateEstimator {
   std::uint64_t acked_bytes_ = 0;
   std::uint64_t idle_until_ = 0;
   double first_sample_s_ = 0;
-  double burst_start_s_ = 0;  // the last time that nothing was outstanding
-  bool burst_has_queue_ = false;
   double cycle_start_s_ = 0;
   double cycle_rate_ = 0;  // the estimate at that time
   double trim_ = 1;

@@ -170,17 +170,14 @@ def test_pace_recovers_at_once_from_bursts_that_shared_the_link(burst_s):
     assert link.now_s - start_s <= 1.1 * 0.3
 
 
-def test_pace_of_a_burst_gives_way_to_a_queue():
+def test_pace_is_that_of_better_times_for_half_a_minute():
     link = Link(24 * MBIT)
     link.run(1)
-    link.rate_bytes_per_s = 8 * MBIT
-    link.run(3)
-    link.estimator.on_idle()
-    link.now_s += 1
-    link.send()
-    assert link.estimator.pace_bytes_per_s(link.now_s) > 16 * MBIT
-    link.now_s += 0.1
-    link.estimator.on_queueing(0.05, link.now_s)
+    link.rate_bytes_per_s = 8 * MBIT  # another sender, or a worse link: nobody can tell
+    for _ in range(5):
+        link.run(5)
+        assert link.estimator.pace_bytes_per_s(link.now_s) > 16 * MBIT
+    link.run(10)
     assert link.estimator.pace_bytes_per_s(link.now_s) < 12 * MBIT
 
 
