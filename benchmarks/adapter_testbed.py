@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from adapter_worker import Settings, batch, make_model, make_optimizer
+from adapter_worker import SERVING_TURNS, Settings, batch, make_model, make_optimizer
 from common import Metric, Row, Samples, Table
 
 from dora.adapt import Predictor, make_bank
@@ -45,7 +45,7 @@ BOUND = 1.5
 # What the events do.
 NARROW, SLOW, CROWDED = 0.3, 0.4, 0.5
 BANK = 24
-LIMIT_S = 100.0
+LIMIT_S = 200.0
 # Other work on the machine makes the measured speed of a core smaller than it is.
 _CAUTION = 0.9
 # Until the last packets of a killed job have come.
@@ -471,36 +471,42 @@ def mixing(place: Place, *, is_quick: bool) -> tuple[list[Row], dict[str, Metric
     single = next(x for x in found if x[1] <= bound_s)
     qoe = QoE(latency_s=bound_s, objective="energy")
     plans = (bank[single[2]], bank[frugal[2]], *bank)
-    requests = 30 if is_quick else 60
+    requests = 10 if is_quick else 25
     place.write(workload=SERVE, qoe=qoe, bank=plans, requests=requests)
     told = run_job(place, "serve")
-    results = {name: served(place.testbed, told, name) for name in ("single", "frugal", "mix")}
-    for name, (times, joules) in results.items():
-        print(f"serving, {name}: {times} s of {bound_s:.3f} s on average "
-              f"{sum(times.values) / len(times.values):.4f} s, {joules:.3f} J")  # fmt: skip
-    over = {n: sum(t.values) / len(t.values) / bound_s for n, (t, _) in results.items()}
-    turn_s = next(s["turn_s"] for s in told.steps if "turn_s" in s)
-    held = [e for e in told.events if e["event"] == "hold"]
-    energy = results["mix"][1] / results["single"][1]
-    rows = [Row("serving", name, "request", "s", times) for name, (times, _) in results.items()]
-    rows += [Row("serving", name, "modelled_energy", "J", Samples([joules]))
-             for name, (_, joules) in results.items()]  # fmt: skip
+    results = {
+        name: [served(place.testbed, told, f"{name} {turn}") for turn in range(SERVING_TURNS)]
+        for name in ("single", "frugal", "mix")
+    }
+    times = {name: Samples([t for seconds, _ in r for t in seconds]) for name, r in results.items()}
+    joules = {name: Samples([j for _, j in r]) for name, r in results.items()}
+    over = {name: fmean(seconds.values) / bound_s for name, seconds in times.items()}
+    for name in results:
+        print(f"serving, {name}: {times[name]} s of {bound_s:.3f} s on average "
+              f"{over[name]:.4f} of it, {joules[name]} J")  # fmt: skip
+    turn_s = [s["turn_s"] for s in told.steps if "turn_s" in s]
+    held = [e["seconds"] for e in told.events if e["event"] == "hold"]
+    pairs = zip(joules["mix"].values, joules["single"].values, strict=True)
+    energy = Samples([mixed / alone for mixed, alone in pairs])
+    rows = [Row("serving", name, "request", "s", seconds) for name, seconds in times.items()]
+    rows += [Row("serving", name, "modelled_energy", "J", found) for name, found in joules.items()]
     rows += [Row("serving", name, "average_over_bound", "1", Samples([value]))
              for name, value in over.items()]  # fmt: skip
-    rows.append(Row("serving", "mix", "turn", "s", Samples([turn_s])))
-    rows += (
-        [Row("serving", "mix", "hold", "s", Samples([e["seconds"] for e in held]))] if held else []
-    )
+    rows.append(Row("serving", "mix", "energy_over_single", "1", energy))
+    rows.append(Row("serving", "mix", "turn", "s", Samples(turn_s)))
+    rows += [Row("serving", "mix", "hold", "s", Samples(held))] if held else []
     return rows, {
         "testbed_mix_average_over_bound": Metric(
             round(over["mix"], 4), "1", "<= 1.02", over["mix"] <= 1.02
         ),
-        "testbed_mix_energy_over_single": Metric(round(energy, 4), "1", "< 1", energy < 1),
-        "testbed_turn": Metric(round(1e3 * turn_s, 4), "ms", "reported only", None),
+        "testbed_mix_energy_over_single": Metric(
+            round(energy.median, 4), "1", "< 1", energy.median < 1
+        ),
+        "testbed_turn": Metric(round(1e3 * median(turn_s), 4), "ms", "reported only", None),
     }
 
 
-def served(testbed: Devices, told: Told, phase: str) -> tuple[Samples, float]:
+def served(testbed: Devices, told: Told, phase: str) -> tuple[list[float], float]:
     """Returns seconds of a phase's requests, as their first device saw them, and joules of one.
 
     A device counts while a request runs on a plan that it is part of, as planned.
@@ -517,7 +523,7 @@ def served(testbed: Devices, told: Told, phase: str) -> tuple[Samples, float]:
             joules += (device.busy_w - device.idle_w) * min(usage.busy_s, here_s)
             joules += device.tx_j_per_byte * usage.sent_bytes
             joules += device.rx_j_per_byte * usage.received_bytes
-    return Samples(times), joules / len(mine)
+    return times, joules / len(mine)
 
 
 def run(*, is_quick: bool) -> tuple[list[Row], dict[str, Metric]]:

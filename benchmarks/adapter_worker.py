@@ -37,6 +37,8 @@ from dora.spec import Cluster, ModelProfile, Plan, QoE, Spec, Workload
 WIDTH, LAYERS, CONTEXT, BATCH = 160, 6, 64, 32
 # Seconds from when a device is on the network until it surely has its own speed.
 SETTLE_S = 0.5
+# Of each plan and of the mix: the machine itself changes from one minute to the next.
+SERVING_TURNS = 3
 
 
 class Settings(Spec):
@@ -45,7 +47,7 @@ class Settings(Spec):
     Attributes:
         bank: Plans; the first one runs at first.
         adapts: Whether the adapter is on.
-        requests: Of each plan and of the mix; of `switch`, steps.
+        requests: Of each plan and of the mix in each turn; of `switch`, steps.
     """
 
     workload: Workload
@@ -149,23 +151,24 @@ def switch(folder: Path, settings: Settings) -> None:
 
 
 def serve(folder: Path, settings: Settings) -> None:
-    """Serves with the first and the second plan alone, then with what the adapter makes of all."""
-    model = _model(folder, settings, None)
-    for plan, phase in zip(settings.bank, ("single", "frugal"), strict=False):
-        model.switch(plan)
-        requests(model, 2, "")
-        requests(model, settings.requests, phase)
-    model.close()
+    """Serves with the first and the second plan alone, and with what the adapter makes of all."""
     rules = Rules.of(settings.qoe)._replace(reading="average")
-    model = _model(folder, settings, _adapter(folder, settings, rules))
-    requests(model, settings.requests, "")
-    requests(model, settings.requests, "mix")
-    start_s, count = time.perf_counter(), 1000
-    for i in range(count):
-        model.turn_to(model.resident[i % len(model.resident)])
-    if dist.get_rank() == 0:
-        say(turn_s=(time.perf_counter() - start_s) / count)
-    model.close()
+    for turn in range(SERVING_TURNS):
+        model = _model(folder, settings, None)
+        for plan, phase in zip(settings.bank, ("single", "frugal"), strict=False):
+            model.switch(plan)
+            requests(model, 2, "")
+            requests(model, settings.requests, f"{phase} {turn}")
+        model.close()
+        model = _model(folder, settings, _adapter(folder, settings, rules))
+        requests(model, 2 * settings.requests, "")  # until it has decided
+        requests(model, settings.requests, f"mix {turn}")
+        start_s, count = time.perf_counter(), 1000
+        for i in range(count):
+            model.turn_to(model.resident[i % len(model.resident)])
+        if dist.get_rank() == 0:
+            say(turn_s=(time.perf_counter() - start_s) / count)
+        model.close()
 
 
 def requests(model: DoraParallel, count: int, phase: str) -> None:
