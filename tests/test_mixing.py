@@ -41,7 +41,7 @@ from dora.spec import Cluster, CodecRate, Conditions, ModelProfile, Plan, QoE, W
 
 pytestmark = pytest.mark.timeout(60)
 
-LONG_S = 0.003
+LONG_S = 0.01
 
 
 # ------------------------------------------------------------ holding several plans
