@@ -30,8 +30,11 @@ from dora._C import Buckets
 
 DURATION_S = float(os.environ.get("DORA_CHURN_S", "60"))
 TIMEOUT_S = 3.0
-# The loss comes to rest on so few batches, so that rounding does not add up over hours.
-_BATCHES = 40
+# Weights that decay so fast come to rest on so few batches, so that rounding does not add up over
+# hours: changed by 1e-7 in the beginning, losses differ by 2e-7 after 12,000 steps. A step that is
+# missing changes some of the next losses by 1e-4.
+_BATCHES, _DECAY = 40, 3.0
+_TOLERANCE = 2e-5
 _RATES_BYTES_PER_S = (2e5, 5e6)
 _MAX_GROWTH_BYTES = 64 << 20
 # A snapshot is taken beside the steps, and takes longer than one on the slowest of those networks.
@@ -41,7 +44,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(DURATION_S + 400)]
 
 
 def optimizer_of(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-3)
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-3, weight_decay=_DECAY)
 
 
 def train(rank: int, folder: Path) -> dict[str, Any]:
@@ -155,9 +158,9 @@ def check_losses(facts: dict[str, Any]) -> None:
     applied += range(resumed, facts["steps"])
     losses, state = plain(applied)
     for i, loss in zip(applied, losses, strict=True):
-        assert facts["losses"][i] == pytest.approx(loss, rel=1e-3), i
+        assert facts["losses"][i] == pytest.approx(loss, rel=_TOLERANCE), i
     for name, value in state.items():
-        torch.testing.assert_close(facts["state"][name], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(facts["state"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def check_resources(used: list[tuple[int, int, int]], settled: int) -> None:
