@@ -17,6 +17,7 @@ from dora.adapt import Predictor, Segment, Totals
 from dora.adapt.machine import Machine
 from dora.adapter import Rules
 from dora.adapter.migrate import BARRIER_S
+from dora.adapter.score import unit_of
 from dora.spec import Conditions, Plan
 
 # Equally likely values of the next rate that a choice is weighed by.
@@ -38,7 +39,7 @@ def play_informed(
 
     All weights are in place: for serving.
     """
-    unit = _unit(predict, bank, rules)
+    unit = unit_of({id(plan): predict(plan, Conditions()) for plan in bank}, rules.objective)
     sigma = sqrt(log(1 + LTE_CV**2))
     rest = sigma * sqrt(1 - LTE_CORRELATION**2)
     quantiles = NormalDist().quantiles(n=NUM_DRAWS + 1)
@@ -66,12 +67,6 @@ def play_informed(
         machine.work(part)
         factor = dict(part.conditions.factors)[name]
     return machine.totals()
-
-
-def _unit(predict: Predictor, bank: Sequence[Plan], rules: Rules) -> float:
-    found = [f for plan in bank if (f := predict(plan, Conditions())) is not None]
-    good = [f.value(rules.objective) for f in found if f.worst <= 1]
-    return min(good or [f.value(rules.objective) for f in found])
 
 
 def _cost(predict: Predictor, plan: Plan, world: Conditions, rules: Rules, unit: float) -> float:
