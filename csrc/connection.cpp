@@ -13,6 +13,9 @@ constexpr std::size_t kStagingBytes = 16 * 1024;
 // A reader that always finds more yields to the other sockets after so much.
 constexpr std::size_t kFairBytes = 4 * 1024 * 1024;
 
+// A reader of a large payload wakes up for so much: little enough to stay in the caches.
+constexpr std::size_t kWakeBytes = 256 * 1024;
+
 }  // namespace
 
 Connection::Connection(Socket socket, Handshake handshake, double dead_s)
@@ -47,6 +50,7 @@ void Connection::onReady(bool is_readable, bool is_writable) {
       readHandshake();
     } else {
       readFrames();
+      awaitPayload();
     }
   }
   flush();
@@ -99,6 +103,15 @@ void Connection::readFrames() {
     if (count == 0) return;
     total += count;
   }
+}
+
+// The rest of a payload wakes the loop when it is there, not with each packet.
+void Connection::awaitPayload() {
+  std::size_t wanted = 1;
+  if (is_drained_ && receiving_) {
+    wanted = std::min(receiving_->length + payloadTagBytes() - payload_size_, kWakeBytes);
+  }
+  if (wanted != read_limit_) socket_.setReadLimit(read_limit_ = wanted);
 }
 
 // Reads into `into` from the staged bytes, or from the socket, which fills the stage as well.

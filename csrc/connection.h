@@ -87,6 +87,7 @@ class Connection {
  private:
   void readHandshake();
   void readFrames();
+  void awaitPayload();
   std::size_t readSome(std::uint8_t* into, std::size_t size);
   void finishHeader();
   void finishPayload();
@@ -106,6 +107,7 @@ class Connection {
   std::vector<std::uint8_t> staged_;
   std::size_t staged_begin_ = 0, staged_end_ = 0;
   bool is_drained_ = false;
+  std::size_t read_limit_ = 1;
   std::string handshake_input_;
   std::uint8_t header_[kHeaderBytes];
   std::size_t header_size_ = 0;

@@ -15,9 +15,10 @@ constexpr std::uint64_t kUrgentBytes = 64 * 1024;
 // Before the rate is known: little enough for a slow link.
 constexpr std::size_t kFirstUnsentLimit = 64 * 1024;
 
-// Above this rate a full socket costs less time than waking up often to refill it.
-constexpr double kFastBytesPerS = 250e6;
-constexpr std::size_t kFastUnsentLimit = 2 * 1024 * 1024;
+// Above these rates a full socket costs less time than waking up often to refill it.
+constexpr double kFastBytesPerS = 50e6;
+constexpr double kLocalBytesPerS = 250e6;
+constexpr std::size_t kLocalUnsentLimit = 2 * 1024 * 1024;
 
 }  // namespace
 
@@ -253,6 +254,13 @@ std::uint64_t Outbox::chunkBytes() const {
   return std::clamp(wanted, kMinChunkBytes, kMaxChunkBytes);
 }
 
+std::size_t Outbox::unsentLimit(double rate_bytes_per_s) const {
+  if (rate_bytes_per_s <= 0) return kFirstUnsentLimit;
+  if (rate_bytes_per_s >= kLocalBytesPerS) return kLocalUnsentLimit;
+  if (rate_bytes_per_s >= kFastBytesPerS) return chunkBytes();
+  return std::max(kMinChunkBytes, chunkBytes() / 2);
+}
+
 void Outbox::adapt(double now_s) {
   Connection* connection = lanes_.lane[Lanes::kBulkLane].get();
   if (!connection) return;
@@ -260,10 +268,9 @@ void Outbox::adapt(double now_s) {
   double rtt_s = estimator_.minRttS().value_or(1e-3);
   auto in_flight = static_cast<std::uint64_t>(rate * (rtt_s + 4e-3));
   bulk().setCredit(window_.fit(chunkBytes(), in_flight));
-  std::size_t limit = rate <= 0                ? kFirstUnsentLimit
-                      : rate < kFastBytesPerS ? std::max<std::size_t>(kMinChunkBytes, chunkBytes() / 2)
-                                              : kFastUnsentLimit;
-  if (limit != applied_limit_) connection->socket().setUnsentLimit(applied_limit_ = limit);
+  if (auto limit = unsentLimit(rate); limit != applied_limit_) {
+    connection->socket().setUnsentLimit(applied_limit_ = limit);
+  }
   // Loopback has segments of 64 KiB and no queue to keep short; paced, it moves in jerks.
   if (segment_bytes_ == 0) segment_bytes_ = connection->socket().segmentBytes();
   bool is_loopback = segment_bytes_ > kMinChunkBytes;

@@ -53,6 +53,8 @@ class Outbox {
   std::optional<double> rateBytesPerS() const;
   const RateEstimator& estimator() const { return estimator_; }
   std::uint64_t chunkBytes() const;
+  // How much may wait unsent in the kernel at such a rate.
+  std::size_t unsentLimit(double rate_bytes_per_s) const;
 
   const SendQueue& queue(int lane) const { return queues_[static_cast<std::size_t>(lane)]; }
   std::uint64_t bytesSent() const { return bytes_sent_; }

@@ -26,7 +26,7 @@ constexpr std::uint64_t kWakeToken = ~std::uint64_t{0};
 constexpr int kMaxPieces = 8;
 
 // epoll counts in milliseconds, which is long for what is due within a few.
-constexpr double kFineS = 0.01;
+constexpr double kFineS = 0.005;
 
 double seconds(clockid_t clock) {
   timespec time{};
@@ -181,6 +181,10 @@ void Socket::configure(double dead_s) {
 
 void Socket::setUnsentLimit(std::size_t num_bytes) {
   setOption(fd_, IPPROTO_TCP, TCP_NOTSENT_LOWAT, static_cast<int>(num_bytes));
+}
+
+void Socket::setReadLimit(std::size_t num_bytes) {
+  setOption(fd_, SOL_SOCKET, SO_RCVLOWAT, static_cast<int>(num_bytes));
 }
 
 void Socket::setPace(double bytes_per_s) {

@@ -64,6 +64,8 @@ class Socket {
   // The socket counts as full when so many bytes wait unsent in the kernel: later, more urgent
   // data need not queue behind them.
   void setUnsentLimit(std::size_t num_bytes);
+  // The socket counts as readable when so many bytes have come, or nothing more will.
+  void setReadLimit(std::size_t num_bytes);
   void setPace(double bytes_per_s);  // 0: no limit
   std::size_t segmentBytes() const;  // of TCP: what leaves in one piece, however slow the pace
   // How much longer the latest round trips took than the shortest one: what waits in the network.
