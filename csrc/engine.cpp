@@ -176,7 +176,6 @@ void Engine::connect(const std::map<std::uint32_t, PeerAddress>& peers, const Me
       arbiter = is_known ? std::next(arbiter) : known.arbiters.erase(arbiter);
     }
     media_.configure(known);
-    for (auto& [rank, peer] : peers_) peer->outbox.setShared(media_.isShared(rank));
   });
 }
 

@@ -35,13 +35,6 @@ void Media::configure(const MediaOptions& options) {
   }
 }
 
-bool Media::isShared(std::uint32_t peer) const {
-  auto numbers = of_peer_.find(peer);
-  return numbers != of_peer_.end() &&
-         std::any_of(numbers->second.begin(), numbers->second.end(),
-                     [this](std::uint32_t number) { return media_.count(number) > 0; });
-}
-
 bool Media::mayUse(std::uint32_t peer, Priority priority, double now_s) {
   auto numbers = of_peer_.find(peer);
   if (numbers == of_peer_.end()) return true;

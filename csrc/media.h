@@ -32,9 +32,6 @@ class Media {
   void configure(const MediaOptions& options);
   bool isEmpty() const { return media_.empty(); }
 
-  // Does an arbiter lend one of the media on the way to `peer`?
-  bool isShared(std::uint32_t peer) const;
-
   // May bulk of this priority go to `peer` now? Asks for what is missing; `takeFreed` tells later.
   bool mayUse(std::uint32_t peer, Priority priority, double now_s);
   // No bulk to `peer` waits any more.

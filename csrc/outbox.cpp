@@ -276,9 +276,7 @@ void Outbox::adapt(double now_s) {
   bool is_loopback = segment_bytes_ > kMinChunkBytes;
   if (!options_.has_pacing || (is_loopback && known_rate_ <= 0)) return;
   if (applied_pace_ > 0) estimator_.onQueueing(connection->socket().queueingS(), now_s);
-  double pace = known_rate_ > 0 ? 0.99 * known_rate_
-                : is_shared_    ? 0
-                                : estimator_.paceBytesPerS(now_s);
+  double pace = known_rate_ > 0 ? 0.99 * known_rate_ : estimator_.paceBytesPerS(now_s);
   if (std::abs(pace - applied_pace_) > 0.002 * applied_pace_) {
     connection->socket().setPace(applied_pace_ = pace);
   }

@@ -46,10 +46,6 @@ class Outbox {
   void adapt(double now_s);
   // The path's rate is known: nothing is measured.
   void setKnownRate(double bytes_per_s) { known_rate_ = bytes_per_s; }
-
-  // Others of this job send on the same medium, in turns. Its share of the rate changes too often to
-  // be estimated: a saturated four-stage pipeline on one Wi-Fi channel took 9 % longer when paced.
-  void setShared(bool is_shared) { is_shared_ = is_shared; }
   std::optional<double> rateBytesPerS() const;
   const RateEstimator& estimator() const { return estimator_; }
   std::uint64_t chunkBytes() const;
@@ -91,7 +87,6 @@ class Outbox {
   AckWindow window_;                               // of the bulk lane
   RateEstimator estimator_;
   double known_rate_ = 0;
-  bool is_shared_ = false;
   double applied_pace_ = 0;
   std::size_t applied_limit_ = 0;
   std::size_t segment_bytes_ = 0;
