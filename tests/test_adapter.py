@@ -288,6 +288,26 @@ def test_a_switch_that_costs_more_than_it_gains_is_not_made():
     assert made == []
 
 
+def slow(running, plan, conditions) -> SwitchCost:
+    return SwitchCost(pause_s=9.0)
+
+
+def test_switches_pause_within_a_budget():
+    monitor = seen(seconds=60)
+    made, standing = settle(monitor, Standing((BOX,)), 60.0, price=slow)
+    assert [d.kind for d in made] == ["switch"]
+    again = standing._replace(plans=(BOX,))
+    assert settle(monitor, again, 65.0, price=slow)[0] == []
+    made, _ = settle(monitor, again._replace(switched_s=65.0 - 600.0), 65.0, price=slow)
+    assert [d.kind for d in made] == ["switch"]
+
+
+def test_late_items_use_the_budget_up():
+    monitor = seen(seconds=60)
+    monitor.items(100, 3)
+    assert settle(monitor, Standing((BOX,)), 60.0, price=slow)[0] == []
+
+
 def test_a_dead_plan_is_left_whatever_it_costs():
     def dear(running, plan, conditions):
         return SwitchCost(pause_s=1e4)

@@ -48,6 +48,14 @@ ALIKE = 1.15
 KNOWN = 8
 
 
+class Switch(NamedTuple):
+    """The switch that pays most: to what, why, and how long no item can be on time."""
+
+    to: Score
+    reason: str
+    pause_s: float
+
+
 class Outcome(NamedTuple):
     """A decision, what to remember of it, and what the chosen plan is expected to take."""
 
@@ -85,7 +93,7 @@ def decide(
         experienced(scores, scores[id(standing.plans[0])], view, rules)
     running = [scores[id(plan)] for plan in standing.plans]
     now = sum(w * s.cost for w, s in zip(standing.weights, running, strict=True))
-    best, reason = _best_switch(scores, standing, now, scenarios, price, rules, view)
+    best = _best_switch(scores, standing, now, scenarios, price, rules, view)
     is_new_world = view.gone != standing.gone
     is_replanning = _should_replan(scores, standing, view, is_new_world, rules)
     mixed = None
@@ -94,7 +102,7 @@ def decide(
     if mixed is not None:
         decision, chosen = mixed
     else:
-        decision, chosen = _act(best, reason, standing, scores, view, rules, running)
+        decision, chosen = _act(best, standing, view, rules, running)
     decision = decision.model_copy(
         update={
             "prepare": _ways_out(scores, chosen, scenarios),
@@ -214,11 +222,12 @@ def _best_switch(
     price: Price,
     rules: Rules,
     view: View,
-) -> tuple[Score | None, str]:
-    """Returns the plan that pays most after its switch, and why; None if none pays."""
+) -> Switch | None:
+    """Returns the switch that pays most; None if none pays."""
     running = [scores[id(plan)] for plan in standing.plans]
     horizon_s = min(max(view.calm_s, rules.period_s, LEAST_HORIZON_S), rules.horizon_s)
-    best, best_net, why = None, 0.0, ""
+    best, best_net = None, 0.0
+    free_s = _free_s(standing, view, rules)
     is_dead = any(s.median is None for s in running)
     step_s = max(rules.period_s, _time_s(scores.values() if is_dead else running))
     for each in scores.values():
@@ -230,15 +239,18 @@ def _best_switch(
         items = max(horizon_s / max(step_s, 1e-6), 1.0)
         regret = _regret(each, running, standing.weights)
         way = price(standing.plans, each.plan, scenarios[MEDIAN])
-        cost = _cost_of(way, each, step_s, rules)
+        late_s = _late_s(way, each)
+        missed = max(late_s / step_s, 1.0) if late_s else 0.0
+        cost = _cost_of(way, each, rules) + missed * (1 if late_s <= free_s else rules.penalty)
         net = items * (gain - rules.caution * regret) - (1 + rules.margin) * cost
         if net > best_net or (is_dead and best is None):
-            best, best_net = each, net
-            why = (
+            best_net = net
+            reason = (
                 f"saves {gain:.3g} of {now:.3g} per item over {items:.3g} items, "
                 f"the way costs {cost:.3g} ({way.pause_s:.3g} s)"
             )
-    return best, why
+            best = Switch(each, reason, late_s)
+    return best
 
 
 def _time_s(running: Iterable[Score]) -> float:
@@ -255,29 +267,40 @@ def _regret(each: Score, running: Sequence[Score], weights: Sequence[float]) -> 
     return total
 
 
-def _cost_of(way: SwitchCost, each: Score, step_s: float, rules: Rules) -> float:
-    """Returns the cost of a switch in units: late items, and joules.
+def _cost_of(way: SwitchCost, each: Score, rules: Rules) -> float:
+    """Returns what a switch costs by itself, in units."""
+    assert each.median is not None
+    value = each.median.value(rules.objective) or 1.0
+    return (way.energy_j if rules.objective == "energy" else way.pause_s) / value
 
-    A pause makes one item late if it does not fit under its bound, and all that would have been
-    done meanwhile.
-    """
-    found = each.median
-    assert found is not None
-    time_s = max(found.time_s, 1e-9)
-    slack_s = time_s / found.worst - time_s if found.worst else inf
-    late = way.pause_s / step_s if way.pause_s > slack_s else 0.0
-    missed = max(late, 1.0) if way.pause_s > slack_s else 0.0
-    value = found.value(rules.objective) or 1.0
-    return rules.penalty * missed + (
-        way.energy_j / value if rules.objective == "energy" else way.pause_s / value
-    )
+
+def _late_s(way: SwitchCost, each: Score) -> float:
+    """Returns how long no item can be on time: all of a pause that its bounds leave no room for."""
+    assert each.median is not None
+    time_s = max(each.median.time_s, 1e-9)
+    slack_s = time_s / each.median.worst - time_s if each.median.worst else inf
+    return way.pause_s if way.pause_s > slack_s else 0.0
+
+
+def _free_s(standing: Standing, view: View, rules: Rules) -> float:
+    """Returns how long a switch may pause within the budget, which late items use up."""
+    if view.late > rules.budget:
+        return 0.0
+    return _budget_s(rules) - _used_s(standing, view, rules)
+
+
+def _budget_s(rules: Rules) -> float:
+    return rules.budget * rules.horizon_s
+
+
+def _used_s(standing: Standing, view: View, rules: Rules) -> float:
+    """Returns how much of the budget earlier switches have used; it comes back with time."""
+    return max(standing.paused_s - rules.budget * (view.at_s - standing.switched_s), 0.0)
 
 
 def _act(
-    best: Score | None,
-    reason: str,
+    best: Switch | None,
     standing: Standing,
-    scores: dict[int, Score],
     view: View,
     rules: Rules,
     running: Sequence[Score],
@@ -291,13 +314,20 @@ def _act(
         e.num_seen >= KNOWN for name, e in view.estimates.items() if name in used and e.num_seen
     )
     if best is not None and (is_known or is_bad):
-        wins = standing.wins + 1 if best.plan == standing.candidate else 1
+        plan, reason = best.to.plan, best.reason
+        wins = standing.wins + 1 if plan == standing.candidate else 1
         if has_changed or is_bad or wins >= rules.confirm:
-            plan = best.plan
             kind: DecisionKind = "shift" if _is_shift(standing.plans, plan) else "switch"
-            chosen = standing._replace(plans=(plan,), weights=(1.0,), candidate=None, wins=0)
+            chosen = standing._replace(
+                plans=(plan,),
+                weights=(1.0,),
+                candidate=None,
+                wins=0,
+                paused_s=min(_used_s(standing, view, rules) + best.pause_s, _budget_s(rules)),
+                switched_s=view.at_s,
+            )
             return Decision(kind=kind, reason=reason, plans=(plan,)), chosen
-        chosen = standing._replace(candidate=best.plan, wins=wins)
+        chosen = standing._replace(candidate=plan, wins=wins)
         return Decision(kind="keep", reason=f"win {wins} of {rules.confirm}: {reason}"), chosen
     chosen = standing._replace(candidate=None, wins=0)
     names = sorted(view.changed & used)

@@ -25,7 +25,9 @@ class Rules(NamedTuple):
         battery_j: Average of each item from batteries, for mixes.
         period_s: Between requests; 0: one after the other.
         penalty: What an item that breaks a bound costs, over the value of a good one.
-        horizon_s: The longest time that a switch may take to pay.
+        budget: Share of the time that switches may pause, while no more items than that are late:
+            what a switch pauses within it counts as not done, instead of as late.
+        horizon_s: The longest time that a switch may take to pay; the budget is a share of it.
         margin: By how much the gain has to exceed the cost, as a share.
         least_gain: Below this share of an item's cost plans count as equal.
         caution: Weight of what a switch may lose in the scenarios in which it is wrong.
@@ -41,6 +43,7 @@ class Rules(NamedTuple):
     battery_j: float | None = None
     period_s: float = 0.0
     penalty: float = 20.0
+    budget: float = 0.02
     horizon_s: float = 600.0
     margin: float = 0.25
     least_gain: float = 0.05
@@ -62,6 +65,7 @@ class Standing(NamedTuple):
     Attributes:
         plans, weights: What runs.
         candidate, wins: The plan that would be better, and how often in a row.
+        paused_s, switched_s: Of the budget, how much was used by the last switch, and when.
         gone: Devices that were away at the last decision.
         replanned_s, patience_s: Of the last search, and how long until the next one.
     """
@@ -70,6 +74,8 @@ class Standing(NamedTuple):
     weights: tuple[float, ...] = (1.0,)
     candidate: Plan | None = None
     wins: int = 0
+    paused_s: float = 0.0
+    switched_s: float = -inf
     gone: frozenset[str] = frozenset()
     replanned_s: float = -inf
     patience_s: float = 0.0
