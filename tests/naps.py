@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from dora import DoraParallel, partition, planned
 from dora.files import save
-from dora.spec import BlockCost, BlockProfile, ModelProfile, Timing, Workload
+from dora.spec import BlockCost, BlockProfile, ModelProfile, Plan, Timing, Workload
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,6 +65,16 @@ def prepare(folder: Path, module: nn.Sequential, batches: list[Batch]) -> None:
     save(make_profile(chain.num_blocks), folder / "profile.json")
 
 
+def work_of(plan: Plan) -> dict[str, float]:
+    """Returns by device how many blocks it runs, of as large a share of the samples."""
+    found: dict[str, float] = {}
+    for stage in plan.stages:
+        for replica in stage.replicas:
+            blocks = stage.last_block + 1 - stage.first_block
+            found[replica.device] = found.get(replica.device, 0.0) + blocks * replica.share
+    return found
+
+
 def train(rank: int, folder: Path) -> dict[str, Any]:
     """Trains with the plans that `planned` finds, and its adapter."""
     module, batches = torch.load(folder / "case.pt", weights_only=False)
@@ -82,10 +93,9 @@ def train(rank: int, folder: Path) -> dict[str, Any]:
         losses[i] = float(model.step(*batches[i], F.cross_entropy))
         model.clip_grad_norm_(5.0)
         optimizer.step()
-        used = sorted(r.device for s in model.plan.stages for r in s.replicas)
-        part = folder / f"uses-{rank}.part"
-        part.write_text(" ".join(used))
-        part.rename(folder / f"uses-{rank}")
+        part = folder / f"work-{rank}.part"
+        part.write_text(json.dumps(work_of(model.plan)))
+        part.rename(folder / f"work-{rank}")
     facts = {
         "losses": losses,
         "events": [(e.kind, e.call, e.devices, e.lost_calls) for e in model.events],
