@@ -87,6 +87,8 @@ def decide(
         memory_of: Keeps mixes within the memory.
         toll: Of handing over between the plans of a mix.
     """
+    if standing.switched_s == -inf:  # there is no budget before anything has gone well
+        standing = standing._replace(paused_s=_budget_s(rules), switched_s=view.at_s)
     scenarios = [conditions(view, node) for node in NODES]
     scores = _scores(bank, standing, view, scenarios, predict, rules)
     if len(standing.plans) == 1 and view.num_items:

@@ -65,7 +65,8 @@ class Standing(NamedTuple):
     Attributes:
         plans, weights: What runs.
         candidate, wins: The plan that would be better, and how often in a row.
-        paused_s, switched_s: Of the budget, how much was used by the last switch, and when.
+        paused_s, switched_s: Of the budget, how much was used when the last switch was decided, and
+            when that was; of the first decision, all of it.
         gone: Devices that were away at the last decision.
         replanned_s, patience_s: Of the last search, and how long until the next one.
     """
