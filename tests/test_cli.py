@@ -59,11 +59,19 @@ def folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> str:
+    """Returns what `dora profile` has written, once for all tests."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "net.py").write_text(FACTORY)
+    given = [f"{folder}/net.py:model", "--out", f"{folder}/p.json", "--device", "laptop"]
+    assert cli.main(["profile", *given, "--sizes", "1,2"]) == 0
+    return (folder / "p.json").read_text()
+
+
 @pytest.fixture
-def profile(capsys) -> str:
-    given = ["net.py:model", "--out", "p.json", "--device", "laptop", "--sizes", "1,2"]
-    assert cli.main(["profile", *given]) == 0
-    capsys.readouterr()
+def profile(measured, folder) -> str:
+    (folder / "p.json").write_text(measured)
     return "p.json"
 
 
