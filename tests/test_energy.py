@@ -371,7 +371,10 @@ def two_devices() -> Cluster:
     return Cluster(devices=devices, media=(medium,), links=links)
 
 
-@pytest.mark.parametrize("metered", [{"d0", "d1"}, {"d1"}, set()])
+BOTH = pytest.param({"d0", "d1"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("metered", [BOTH, {"d1"}, set()])
 def test_run_carries_what_its_meters_counted(tmp_path, metered):
     """Ranks on one machine without meters of their own have none: nobody counts twice."""
     roots = [str(tmp_path / name) if name in metered else None for name in ("d0", "d1")]

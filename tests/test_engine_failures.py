@@ -482,12 +482,15 @@ def test_forked_child_is_told_and_the_parent_goes_on():
     run(FORKED)
 
 
-@pytest.mark.parametrize("way", ["pass", "del a, b, pending", "os._exit(0)"])
+DELETED = pytest.param("del a, b, pending", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("way", ["pass", DELETED, "os._exit(0)"])
 def test_forked_child_ends_with_an_inherited_engine(way):
     run(INHERITED.replace("WAY", way))
 
 
-@pytest.mark.parametrize("way", ["sys.exit(0)", "del a, b, pending", "del pending", "a.close()"])
+@pytest.mark.parametrize("way", ["sys.exit(0)", DELETED, "del pending", "a.close()"])
 def test_interpreter_ends_with_operations_pending(way):
     run(PENDING.replace("WAY", way))
 
