@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from dora.errors import PeerLostError
+from dora.runtime.agreement import Agreement
 from dora.runtime.engine_transport import EngineTransport
 from dora.runtime.priority import URGENT
 
@@ -126,3 +127,19 @@ def passing_on_late(rank: int) -> None:
 def test_peer_that_closes_after_its_part_does_not_fail_the_others():
     """A goodbye used to cancel every operation of its sender's groups at once."""
     run_ranks(3, passing_on_late, backend="dora")
+
+
+def agreeing(rank: int) -> list[int]:
+    transport = EngineTransport(timeout_s=20)
+    said = Agreement(transport, rank, (0, 1, 2), 20).gather(b"x" * rank, "adapter")
+    assert said == [b"", b"x", b"xx"]
+    classes = [f.traffic_class for f in transport.frames() if f.is_sent and f.kind == "data"]
+    transport.close()
+    return classes
+
+
+def test_agreements_do_not_wait_for_weights_and_snapshots():
+    said = run_ranks(3, agreeing, backend="gloo")
+    assert any(said)
+    for classes in said:
+        assert set(classes) <= {URGENT.traffic_class}

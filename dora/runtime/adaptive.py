@@ -18,6 +18,7 @@ from dora.runtime.events import Event
 from dora.runtime.migration import Carrier, Shipment, media_between, shipments
 from dora.runtime.optimizers import Optimizers
 from dora.runtime.parcel import Layout, Parcel
+from dora.runtime.priority import GRADIENT
 from dora.runtime.recovery import Recovery
 from dora.runtime.replan import Policy, is_without
 from dora.runtime.resident import ResidentModule, check_room
@@ -290,7 +291,8 @@ class AdaptiveModule(ResidentModule):
         needed = {n: [r for r in ranks if n not in has[r]] for n, ranks in new.items()}
         suppliers = {n: [r for r, row in table.items() if n in row["layouts"]] for n in new}
         moves = shipments(needed, suppliers, media_between(plan))
-        carrier = Carrier(self.transport, self.rank, MOVE_TAG, self.timeout_s)
+        # All steps wait for it, and snapshots need not come first.
+        carrier = Carrier(self.transport, self.rank, MOVE_TAG, self.timeout_s, priority=GRADIENT)
         carrier.start(moves, supply, self._layouts(moves, table), {})
         arrived = carrier.collect([move.name for move in moves if move.dst == self.rank])
         num_bytes = sum(parcel.num_bytes for parcel in arrived.values())

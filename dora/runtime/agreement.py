@@ -48,7 +48,7 @@ class Agreement:
     def from_first(self, number: int, action: str) -> int:
         """Returns the number of the first member, below 2**62."""
         value = torch.tensor(number & (2**62 - 1))
-        self._transport.broadcast(value, self.members[0], self.members, action)
+        self._transport.broadcast(value, self.members[0], self.members, action, priority=URGENT)
         return int(value)
 
     def gather(self, data: bytes, action: str) -> list[bytes]:
@@ -60,6 +60,6 @@ class Agreement:
             if rank == self._rank and size:
                 part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if size:
-                self._transport.broadcast(part, rank, self.members, action)
+                self._transport.broadcast(part, rank, self.members, action, priority=URGENT)
             parts.append(part.numpy().tobytes())
         return parts

@@ -183,7 +183,15 @@ class ChunkedTransport:
         """See Transport; the backend's own, without priority."""
         return self._collectives[self._device(tensor)].all_reduce(tensor, ranks, action)
 
-    def broadcast(self, tensor: torch.Tensor, src: int, ranks: Sequence[int], action: str) -> None:
+    def broadcast(
+        self,
+        tensor: torch.Tensor,
+        src: int,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> None:
         """See Transport; without priority."""
         self._collectives[self._device(tensor)].broadcast(tensor, src, ranks, action)
 

@@ -173,14 +173,22 @@ class EngineTransport:
         )
         return self._track(pending, ranks)
 
-    def broadcast(self, tensor: torch.Tensor, src: int, ranks: Sequence[int], action: str) -> None:
+    def broadcast(
+        self,
+        tensor: torch.Tensor,
+        src: int,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> None:
         """See Transport."""
         pending = self.communicator.broadcast(
             tensor,
             src,
             ranks,
             group=self.number(ranks),
-            priority=WEIGHTS,
+            priority=priority or WEIGHTS,
             timeout_s=_PATIENT_S,
             action=action,
         )

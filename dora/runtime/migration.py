@@ -1,8 +1,8 @@
 """Moves tensors of the model to where a new plan wants them, and only those that are missing.
 
 `shipments` decides who sends what, the same on every rank. A `Carrier` sends and receives it in
-chunks at the lowest priority; what it has started goes on while steps run, until `collect` takes
-it, and what was interrupted goes on where it stopped.
+chunks; what it has started goes on while steps run, until `collect` takes it, and what was
+interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dora.errors import DoraError
 from dora.runtime.parcel import Layout, Parcel, room
-from dora.runtime.priority import WEIGHTS
+from dora.runtime.priority import WEIGHTS, Priority
 from dora.runtime.transport import Pending, Transport
 from dora.spec import Plan
 
@@ -78,13 +78,23 @@ class Carrier:
         rank: This process.
         tag: Of the chunks.
         timeout_s: Limit of the wait for each chunk.
+        priority: Of the chunks; steps that go on meanwhile come before `WEIGHTS`.
     """
 
-    def __init__(self, transport: Transport, rank: int, tag: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        rank: int,
+        tag: int,
+        timeout_s: float,
+        *,
+        priority: Priority = WEIGHTS,
+    ) -> None:
         self._transport = transport
         self._rank = rank
         self._tag = tag
         self._timeout_s = timeout_s
+        self._priority = priority
         self._sends: list[Pending] = []
         self._arrivals: dict[str, _Arrival] = {}
         self._parts: dict[str, tuple[Parcel, int]] = {}  # interrupted after so many chunks
@@ -118,7 +128,7 @@ class Carrier:
                 for chunk in parcels[name].chunks()[done:]:
                     self._sends.append(
                         self._transport.send(
-                            chunk, dst, self._tag, f"move {name}", priority=WEIGHTS
+                            chunk, dst, self._tag, f"move {name}", priority=self._priority
                         )
                     )
             elif dst == self._rank:

@@ -56,7 +56,15 @@ class Transport(Protocol):
     ) -> Pending:
         """Starts summing `tensor` over `ranks`, in place; same order of calls on all of them."""
 
-    def broadcast(self, tensor: torch.Tensor, src: int, ranks: Sequence[int], action: str) -> None:
+    def broadcast(
+        self,
+        tensor: torch.Tensor,
+        src: int,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> None:
         """Copies `tensor` from rank `src` to `ranks` and waits for it."""
 
     def add_groups(self, groups: Iterable[tuple[int, ...]]) -> None:
@@ -169,7 +177,15 @@ class GlooTransport:
             lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, peers, action
         )
 
-    def broadcast(self, tensor: torch.Tensor, src: int, ranks: Sequence[int], action: str) -> None:
+    def broadcast(
+        self,
+        tensor: torch.Tensor,
+        src: int,
+        ranks: Sequence[int],
+        action: str,
+        *,
+        priority: Priority | None = None,
+    ) -> None:
         """See Transport."""
         group = self._groups[tuple(ranks)]
         pending = self._start(
