@@ -29,7 +29,7 @@ from dora.adapt import Adapting, adapting, handover
 from dora.adapt.corrected import MOST, Corrected
 from dora.adapt.course import Course
 from dora.adapt.forecast import Predictor, scaled_profile
-from dora.adapt.gauges import DOUBT, believable
+from dora.adapt.gauges import DOUBT, LONG, believable
 from dora.adapt.notes import NUM_NOTED, Lap, Notes, is_asked, laps_of, noted
 from dora.adapt.pace import FIRST_CALLS, SHARE, Pace, Plea
 from dora.adapter import Rules, placed
@@ -296,9 +296,10 @@ def test_forecasts_follow_what_is_measured():
     assert 1.1 < usual < MOST
 
 
-@given(shown=st.floats(0.05, 1.0), true=st.floats(0.3, 1.0))
+@given(shown=st.floats(0.05, 1.0), true=st.floats(0.05, 1.0))
 @example(shown=0.75, true=1.0)
-def test_calls_that_are_too_short_raise_rates(shown, true):
+@example(shown=1.0, true=0.2)
+def test_rates_explain_how_long_calls_take(shown, true):
     # So narrow that messages are most of it.
     cluster = powered()
     media = tuple(m.model_copy(update={"rate_bytes_per_s": 2e5}) for m in cluster.media)
@@ -306,14 +307,22 @@ def test_calls_that_are_too_short_raise_rates(shown, true):
     narrow = cluster.model_copy(update={"media": media})
     predict = Predictor(make_profile(3, 1), narrow, workload, QoE())
     plan = make_bank(3)[0]
-    found = predict(plan, Conditions.of({"lan": true}))
-    rate = believable({"lan": shown}, {}, plan, predict, found.time_s)["lan"]
-    assert shown <= rate <= 1
-    if predict(plan, Conditions.of({"lan": shown})).time_s > DOUBT * found.time_s:
+    took_s = predict(plan, Conditions.of({"lan": true})).time_s
+    shown_s = predict(plan, Conditions.of({"lan": shown})).time_s
+    rate = believable({"lan": shown}, {}, plan, predict, took_s)["lan"]
+    if took_s * DOUBT < shown_s or took_s > LONG * shown_s:
         assert rate == pytest.approx(true, rel=0.2)
     else:
         assert rate == shown
     assert believable({"lan": shown}, {}, plan, predict, 0.0) == {"lan": shown}
+
+
+def test_rates_do_not_explain_what_no_rate_does():
+    workload = Workload(kind="train", batch_size=BATCH, num_microbatches=4)
+    predict = Predictor(make_profile(3, 1), powered(), workload, QoE())
+    alone = next(plan for plan in make_bank(3) if len(placed(plan)) == 1)
+    long_s = 3 * predict(alone, Conditions()).time_s
+    assert believable({"lan": 1.0}, {}, alone, predict, long_s) == {"lan": 1.0}
 
 
 def test_a_slowed_device_encodes_as_much_slower():
