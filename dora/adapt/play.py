@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dora.adapt.bank import plans_for
 from dora.adapt.forecast import Predictor, pricer
 from dora.adapt.machine import Machine, Residence
-from dora.adapt.tally import Totals
+from dora.adapt.tally import NOISE, Totals
 from dora.adapt.world import Segment
 from dora.adapter.events import Event, event
 from dora.adapter.migrate import placed
@@ -25,8 +25,8 @@ from dora.adapter.policy import decide
 from dora.adapter.rules import Rules, Standing
 from dora.spec import Conditions, Decision, Plan
 
-# Noise of one second's measurements: of a rate by the engine's statistics, of a device's speed.
-RATE_NOISE, SPEED_NOISE = 0.05, 0.03
+# Noise of one second's measurements of a rate by the engine's statistics.
+RATE_NOISE = 0.05
 # A device that dies is missed after that: a few heartbeats of half a second are late.
 DETECTION_S = 2.0
 # Seconds of searching for plans in the background.
@@ -79,7 +79,7 @@ class Senses:
         for name in touched.intersection(self._media):
             self.monitor.rate(name, factors.get(name, 1.0) * self._noise(RATE_NOISE), now_s)
         for name in touched.intersection(self._devices) - self.gone:
-            self.monitor.speed(name, factors.get(name, 1.0) * self._noise(SPEED_NOISE), now_s)
+            self.monitor.speed(name, factors.get(name, 1.0) * self._noise(NOISE), now_s)
         for name in [n for n, at_s in self._missed_s.items() if at_s <= now_s]:
             self.monitor.lost(name, now_s)
             del self._missed_s[name]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dora.adapt.forecast import Predictor, block_bytes
 from dora.adapt.machine import Machine, Residence
 from dora.adapt.play import PLANNING_S, Played, Senses, estimated, searcher
-from dora.adapt.tally import Totals
+from dora.adapt.tally import Totals, late_share
 from dora.adapt.world import Segment
 from dora.adapter.migrate import BARRIER_S, migration, placed
 from dora.adapter.rules import Rules
@@ -172,13 +172,14 @@ def _costs(
     unit = values[good].min() if good.any() else values[np.isfinite(values)].min(initial=1.0)
     relative = np.minimum(values / unit, rules.penalty)  # what has gone is not worse than late
     lengths = np.array([part.length_s for part in parts])[:, None]
-    costs: Array = (relative + rules.penalty * ~good) * lengths
+    late = np.vectorize(late_share)(excess)
+    costs: Array = (relative + rules.penalty * late) * lengths
     pauses = _pauses(predict, bank)
     item_s = predict.usual_s if np.isfinite(predict.usual_s) else 1.0
     slack_s = item_s * (1 - np.median(np.minimum(excess, 1.0), axis=0))
-    late = pauses > np.maximum(slack_s, max(rules.period_s - item_s, 0.0))[None, :]
+    hurts = pauses > np.maximum(slack_s, max(rules.period_s - item_s, 0.0))[None, :]
     # Going there and back between equals gains nothing.
-    ways: Array = np.where(late, rules.penalty * np.maximum(pauses, item_s), pauses) + 1e-3
+    ways: Array = np.where(hurts, rules.penalty * np.maximum(pauses, item_s), pauses) + 1e-3
     np.fill_diagonal(ways, 0.0)
     return costs, ways
 

@@ -3,14 +3,21 @@
 Inside a segment every item of one plan takes the same, so that thousands of short ones are one
 addition. An item that spans segments makes progress in each at the rate of that segment, which
 makes its time right under any change; what else it takes is the mean over its progress.
+
+Items of one plan are not equally long, though: they vary as the speeds do that a monitor sees. So
+of those that should end close to a bound a share is late.
 """
 
 from __future__ import annotations
 
-from math import inf
+from math import erf, inf, log, sqrt
 from typing import NamedTuple
 
 from dora.spec import Forecast
+
+# Standard deviation of the logarithm of an item's time, and of a device's speed as measured; what
+# is further away than so many of them does not happen.
+NOISE, _MOST_DEVIATIONS = 0.03, 3.0
 
 
 class Totals(NamedTuple):
@@ -129,14 +136,14 @@ class Tally:
         self._excess = ()
 
     def _count(self, n: int, time_s: float, energy_j: float, worst: float) -> None:
-        is_good = worst <= 1 + 1e-9
+        late = late_share(worst)
         self._items += n
-        self._weight += n if is_good else n * max(1.0, time_s / self._usual_s)
-        self._good += n * is_good
+        self._weight += n * (1 - late + late * max(1.0, time_s / self._usual_s))
+        self._good += n * (1 - late)
         self._energy_j += n * energy_j
         self._time_s += n * time_s
         self._excess_sum += n * worst
-        self._late_s += 0.0 if is_good else n * time_s
+        self._late_s += n * late * time_s
 
     def totals(self, *, switches: int = 0, replans: int = 0) -> Totals:
         """Returns what it came to; an item that is late before it ends counts already."""
@@ -154,3 +161,11 @@ class Tally:
             switches=switches,
             replans=replans,
         )
+
+
+def late_share(worst: float) -> float:
+    """Returns the share of items over a bound, of which they should take `worst`."""
+    deviations = log(max(worst, 1e-9)) / NOISE
+    if abs(deviations) > _MOST_DEVIATIONS:
+        return float(deviations > 0)
+    return 0.5 * (1 + erf(deviations / sqrt(2)))

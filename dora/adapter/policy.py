@@ -44,7 +44,7 @@ FAILING = 2
 # some percent off. Without it, a job under other traffic on the testbed first went over to such a
 # plan, and left its devices only 4 s later.
 ALIKE = 1.15
-# Before that many observations, noise is guessed: no reason to leave a plan that should do.
+# Before that many observations, noise is guessed: no reason to leave a plan that does so far.
 KNOWN = 8
 
 
@@ -315,6 +315,7 @@ def _act(
     is_known = all(
         e.num_seen >= KNOWN for name, e in view.estimates.items() if name in used and e.num_seen
     )
+    is_known = is_known or (view.num_items >= KNOWN and view.late > rules.budget)
     if best is not None and (is_known or is_bad):
         plan, reason = best.to.plan, best.reason
         wins = standing.wins + 1 if plan == standing.candidate else 1
