@@ -15,7 +15,7 @@ from adapter_traces import LTE_CORRELATION, LTE_CV
 
 from dora.adapt import Predictor, Segment, Totals
 from dora.adapt.machine import Machine
-from dora.adapt.tally import late_share
+from dora.adapt.tally import late_share_at
 from dora.adapter import Rules
 from dora.adapter.migrate import BARRIER_S
 from dora.adapter.score import unit_of
@@ -75,4 +75,4 @@ def _cost(predict: Predictor, plan: Plan, world: Conditions, rules: Rules, unit:
     found = predict(plan, world)
     if found is None:
         return 10 * rules.penalty
-    return found.value(rules.objective) / unit + rules.penalty * late_share(found.worst)
+    return found.value(rules.objective) / unit + rules.penalty * late_share_at(found.worst)

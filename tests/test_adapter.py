@@ -15,6 +15,7 @@ from plans import make_plan
 from dora.adapt import (
     Predictor,
     best_static,
+    make_bank,
     play_adapter,
     play_oracle,
     play_replanning,
@@ -286,6 +287,18 @@ def test_a_switch_that_costs_more_than_it_gains_is_not_made():
 
     made, _ = settle(seen(), Standing((BOX,)), 20.0, price=dear)
     assert made == []
+
+
+@pytest.mark.parametrize(("background_s", "chosen"), [(0.0, PHONE), (60.0, HUB)])
+def test_what_is_in_place_takes_over_after_a_jump(background_s, chosen):
+    def price(running, plan, conditions):
+        return SwitchCost(background_s=background_s if plan is PHONE else 0.0)
+
+    monitor = seen()
+    show(monitor, 20, 3, box=0.05)
+    view = monitor.view(23.0)
+    _, standing, _ = decide(BANK, Standing((BOX,)), view, takes, price, Rules())
+    assert standing.plans == (chosen,)
 
 
 def slow(running, plan, conditions) -> SwitchCost:
@@ -630,6 +643,20 @@ def test_an_item_over_a_change_takes_the_sum_of_its_parts():
     assert totals.time_s == pytest.approx(1.25)
     assert totals.energy_j == pytest.approx(2.5)
     assert totals.attained == 0.0
+
+
+@pytest.mark.parametrize(("worst", "share"), [(0.9, 0.0), (0.97, 0.16), (1.0, 0.5), (1.2, 1.0)])
+def test_of_items_close_to_a_bound_a_share_is_late(worst, share):
+    tally = Tally(0.0, 1.0)
+    tally.run(Forecast(worst, 1.0, (worst,)), 1000 * worst)
+    items, late = tally.counts
+    assert late / items == pytest.approx(share, abs=0.01)
+
+
+def test_a_bank_begins_with_a_plan_that_has_room():
+    for latency_s, name in ((0.2, "hub"), (0.3, "phone")):  # the phone takes 0.2 s
+        predict, _ = make_problem(latency_s=latency_s)
+        assert set(placed(make_bank(predict, max_worlds=1)[0])) == {name}
 
 
 def test_an_outage_weighs_as_long_as_it_lasts():

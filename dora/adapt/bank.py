@@ -9,9 +9,13 @@ networks, each device gone, each device slowed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 
 from dora.adapt.forecast import Predictor, scaled_profile, under
+from dora.adapt.tally import late_share_at
 from dora.adapter.migrate import placed
+from dora.adapter.rules import Rules
+from dora.adapter.score import unit_of
 from dora.planner import search
 from dora.spec import Cluster, Conditions, Plan, QoE
 
@@ -31,7 +35,9 @@ def make_bank(
     max_worlds: int = 16,
     max_plans: int = MAX_PLANS,
 ) -> list[Plan]:
-    """Returns plans, those for the cluster as given first.
+    """Returns plans: first what to begin with, then those for the cluster as given.
+
+    A plan that keeps its bounds by a hair breaks them with every other item, since items vary.
 
     Args:
         predict: Knows profile, cluster, workload and QoE.
@@ -43,7 +49,25 @@ def make_bank(
     found = [first]
     for world in _worlds(predict, first, max_worlds - 1):
         found.append(plans_for(predict, world, effort_s=effort_s))
-    return _merged(found, max_plans)
+    plans = _merged(found, max_plans)
+    begin = _first(plans, predict)
+    return [begin, *(plan for plan in plans if plan is not begin)]
+
+
+def _first(plans: Sequence[Plan], predict: Predictor) -> Plan:
+    """Returns the plan whose items cost least, late ones as the policy counts them."""
+    rules = Rules.of(predict.qoe)
+    found = {id(plan): predict(plan, Conditions()) for plan in plans}
+    unit = unit_of(found, rules.objective)
+
+    def cost(plan: Plan) -> float:
+        forecast = found[id(plan)]
+        if forecast is None:
+            return inf
+        value = forecast.value(rules.objective) / unit
+        return value + rules.penalty * late_share_at(forecast.worst)
+
+    return min(plans, key=cost)
 
 
 def plans_for(predict: Predictor, world: Conditions, *, effort_s: float = 0.3) -> list[Plan]:

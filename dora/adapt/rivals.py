@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dora.adapt.forecast import Predictor, block_bytes
 from dora.adapt.machine import Machine, Residence
 from dora.adapt.play import PLANNING_S, Played, Senses, estimated, searcher
-from dora.adapt.tally import Totals, late_share
+from dora.adapt.tally import Totals, late_share_at
 from dora.adapt.world import Segment
 from dora.adapter.migrate import BARRIER_S, migration, placed
 from dora.adapter.rules import Rules
@@ -172,7 +172,7 @@ def _costs(
     unit = values[good].min() if good.any() else values[np.isfinite(values)].min(initial=1.0)
     relative = np.minimum(values / unit, rules.penalty)  # what has gone is not worse than late
     lengths = np.array([part.length_s for part in parts])[:, None]
-    late = np.vectorize(late_share)(excess)
+    late = np.vectorize(late_share_at)(excess)
     costs: Array = (relative + rules.penalty * late) * lengths
     pauses = _pauses(predict, bank)
     item_s = predict.usual_s if np.isfinite(predict.usual_s) else 1.0

@@ -136,7 +136,7 @@ class Tally:
         self._excess = ()
 
     def _count(self, n: int, time_s: float, energy_j: float, worst: float) -> None:
-        late = late_share(worst)
+        late = late_share_at(worst)
         self._items += n
         self._weight += n * (1 - late + late * max(1.0, time_s / self._usual_s))
         self._good += n * (1 - late)
@@ -163,7 +163,7 @@ class Tally:
         )
 
 
-def late_share(worst: float) -> float:
+def late_share_at(worst: float) -> float:
     """Returns the share of items over a bound, of which they should take `worst`."""
     deviations = log(max(worst, 1e-9)) / NOISE
     if abs(deviations) > _MOST_DEVIATIONS:

@@ -238,9 +238,12 @@ def _best_switch(
         gain = now - each.cost
         if gain <= rules.least_gain * now:
             continue
-        items = max(horizon_s / max(step_s, 1e-6), 1.0)
         regret = _regret(each, running, standing.weights)
         way = price(standing.plans, each.plan, scenarios[MEDIAN])
+        # What has lasted for that long also outlasts the way there with this probability (Gott,
+        # Implications of the Copernican principle for our future prospects, Nature 1993).
+        lasts = horizon_s / (horizon_s + way.background_s)
+        items = max(lasts * horizon_s / max(step_s, 1e-6), 1.0)
         late_s = _late_s(way, each)
         missed = max(late_s / step_s, 1.0) if late_s else 0.0
         cost = _cost_of(way, each, rules) + missed * (1 if late_s <= free_s else rules.penalty)
