@@ -245,7 +245,7 @@ def _best_switch(
         lasts = horizon_s / (horizon_s + way.background_s)
         items = max(lasts * horizon_s / max(step_s, 1e-6), 1.0)
         late_s = _late_s(way, each)
-        missed = max(late_s / step_s, 1.0) if late_s else 0.0
+        missed = max(late_s / _usual_s(each, step_s, rules), 1.0) if late_s else 0.0
         cost = _cost_of(way, each, rules) + missed * (1 if late_s <= free_s else rules.penalty)
         net = items * (gain - rules.caution * regret) - (1 + rules.margin) * cost
         if net > best_net or (is_dead and best is None):
@@ -277,6 +277,14 @@ def _cost_of(way: SwitchCost, each: Score, rules: Rules) -> float:
     assert each.median is not None
     value = each.median.value(rules.objective) or 1.0
     return (way.energy_j if rules.objective == "energy" else way.pause_s) / value
+
+
+def _usual_s(each: Score, step_s: float, rules: Rules) -> float:
+    """Returns in which time an item should be done: the period, or what its bounds allow."""
+    assert each.median is not None
+    if rules.period_s or not each.median.worst:
+        return step_s
+    return max(step_s, each.median.time_s / each.median.worst)
 
 
 def _late_s(way: SwitchCost, each: Score) -> float:
