@@ -310,18 +310,18 @@ def slow(running, plan, conditions) -> SwitchCost:
     [(12.0, 5.0, False), (12.0, 600.0, True), (9.0, 5.0, False), (0.0, 5.0, True)],
 )
 def test_switches_pause_within_a_budget(paused_s, since_s, is_made):
-    standing = Standing((BOX,), paused_s=paused_s, switched_s=60.0 - since_s)
-    made, standing = settle(seen(seconds=60), standing, 60.0, price=slow)
+    standing = Standing((BOX,), paused_s=paused_s, switched_s=30.0 - since_s)
+    made, standing = settle(seen(seconds=30), standing, 30.0, price=slow)
     assert [d.kind for d in made] == ["switch"] * is_made
-    assert standing.switched_s >= 60.0 or not is_made
+    assert standing.switched_s >= 30.0 or not is_made
 
 
 def test_there_is_no_budget_at_first_nor_for_who_is_late():
-    monitor = seen(seconds=60)
-    assert settle(monitor, Standing((BOX,)), 60.0, price=slow)[0] == []
+    monitor = seen(seconds=30)
+    assert settle(monitor, Standing((BOX,)), 30.0, price=slow)[0] == []
     monitor.items(100, 3)
     standing = Standing((BOX,), paused_s=0.0, switched_s=0.0)
-    assert settle(monitor, standing, 60.0, price=slow)[0] == []
+    assert settle(monitor, standing, 30.0, price=slow)[0] == []
 
 
 def test_a_dead_plan_is_left_whatever_it_costs():
