@@ -332,7 +332,7 @@ def namespaces():
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
-@pytest.mark.parametrize("key", [KEY, ""])
+@pytest.mark.parametrize("key", [KEY, pytest.param("", marks=pytest.mark.slow)])
 def test_hosts_reach_one_another_by_the_address_towards_the_store(namespaces, key):
     processes = [
         subprocess.Popen(

@@ -482,15 +482,18 @@ def test_forked_child_is_told_and_the_parent_goes_on():
     run(FORKED)
 
 
-DELETED = pytest.param("del a, b, pending", marks=pytest.mark.slow)
+DELETED, FORGOTTEN, CHILD_GOES_ON = (
+    pytest.param(way, marks=pytest.mark.slow)
+    for way in ("del a, b, pending", "del pending", "pass")
+)
 
 
-@pytest.mark.parametrize("way", ["pass", DELETED, "os._exit(0)"])
+@pytest.mark.parametrize("way", [CHILD_GOES_ON, DELETED, "os._exit(0)"])
 def test_forked_child_ends_with_an_inherited_engine(way):
     run(INHERITED.replace("WAY", way))
 
 
-@pytest.mark.parametrize("way", ["sys.exit(0)", DELETED, "del pending", "a.close()"])
+@pytest.mark.parametrize("way", ["sys.exit(0)", DELETED, FORGOTTEN, "a.close()"])
 def test_interpreter_ends_with_operations_pending(way):
     run(PENDING.replace("WAY", way))
 

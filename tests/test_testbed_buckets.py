@@ -286,7 +286,9 @@ def held() -> Iterator[tuple[subprocess.Popen[str], list[int], set[int]]]:
         process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_nothing_is_left_of_a_testbed_that_ends(number):
     with held() as (process, pids, below):
         process.send_signal(number)

@@ -131,6 +131,7 @@ SLOW = (
     "encoder",
     "gpt2",
     "gpt2_dropout",
+    "mlp",
     "patches",
     "patches_dropout",
     "qwen3",
