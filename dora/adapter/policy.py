@@ -245,7 +245,8 @@ def _best_switch(
         lasts = horizon_s / (horizon_s + way.background_s)
         items = max(lasts * horizon_s / max(step_s, 1e-6), 1.0)
         late_s = _late_s(way, each)
-        missed = max(late_s / _usual_s(each, step_s, rules), 1.0) if late_s else 0.0
+        usual_s = step_s if rules.period_s else max(step_s, _bound_s(each))
+        missed = max(late_s / usual_s, 1.0) if late_s else 0.0
         cost = _cost_of(way, each, rules) + missed * (1 if late_s <= free_s else rules.penalty)
         net = items * (gain - rules.caution * regret) - (1 + rules.margin) * cost
         if net > best_net or (is_dead and best is None):
@@ -279,20 +280,16 @@ def _cost_of(way: SwitchCost, each: Score, rules: Rules) -> float:
     return (way.energy_j if rules.objective == "energy" else way.pause_s) / value
 
 
-def _usual_s(each: Score, step_s: float, rules: Rules) -> float:
-    """Returns in which time an item should be done: the period, or what its bounds allow."""
+def _bound_s(each: Score) -> float:
+    """Returns in which time an item has to be done; inf if nothing bounds it."""
     assert each.median is not None
-    if rules.period_s or not each.median.worst:
-        return step_s
-    return max(step_s, each.median.time_s / each.median.worst)
+    return each.median.time_s / each.median.worst if each.median.worst else inf
 
 
 def _late_s(way: SwitchCost, each: Score) -> float:
     """Returns how long no item can be on time: all of a pause that its bounds leave no room for."""
     assert each.median is not None
-    time_s = max(each.median.time_s, 1e-9)
-    slack_s = time_s / each.median.worst - time_s if each.median.worst else inf
-    return way.pause_s if way.pause_s > slack_s else 0.0
+    return way.pause_s if way.pause_s > _bound_s(each) - each.median.time_s else 0.0
 
 
 def _free_s(standing: Standing, view: View, rules: Rules) -> float:
