@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dora.runtime.priority import URGENT
+from dora.runtime.priority import GRADIENT, URGENT
 from dora.runtime.transport import Transport
 
 
@@ -48,11 +48,14 @@ class Agreement:
     def from_first(self, number: int, action: str) -> int:
         """Returns the number of the first member, below 2**62."""
         value = torch.tensor(number & (2**62 - 1))
-        self._transport.broadcast(value, self.members[0], self.members, action, priority=URGENT)
+        self._transport.broadcast(value, self.members[0], self.members, action, priority=GRADIENT)
         return int(value)
 
     def gather(self, data: bytes, action: str) -> list[bytes]:
-        """Returns the bytes of every member, in their order."""
+        """Returns the bytes of every member, in their order.
+
+        They go before snapshots, and like those over the connection of bulk.
+        """
         sizes = [int(row[0]) for row in self.rows([len(data)], action)]
         parts = []
         for rank, size in zip(self.members, sizes, strict=True):
@@ -60,6 +63,6 @@ class Agreement:
             if rank == self._rank and size:
                 part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if size:
-                self._transport.broadcast(part, rank, self.members, action, priority=URGENT)
+                self._transport.broadcast(part, rank, self.members, action, priority=GRADIENT)
             parts.append(part.numpy().tobytes())
         return parts
