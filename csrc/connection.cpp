@@ -232,8 +232,14 @@ void Connection::detachData() {
   payload_ = own_payload_.data();
 }
 
+void Connection::endWriting() {
+  if (is_ended_ || hasUnsent()) return;
+  is_ended_ = true;
+  socket_.endWriting();
+}
+
 void Connection::flush() {
-  while (!is_blocked_ && !is_held_) {
+  while (!is_blocked_ && !is_held_ && !is_ended_) {
     if (session_ && !sending_ && payload_left_ == 0 && after_.empty()) owner_->onRoom(*this);
     std::size_t first = before_.size() - before_sent_;
     bool is_payload_held = is_payload_held_ && payload_left_ > 0;

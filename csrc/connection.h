@@ -71,6 +71,8 @@ class Connection {
   bool hasUnsent() const { return !before_.empty() || payload_left_ > 0 || !after_.empty(); }
 
   void sendControl(const FrameHeader& header, const std::string& payload = "");
+  // Once all is written: nothing more will be, and the peer reads an end.
+  void endWriting();
 
   // Only from `onRoom`. `data` stays valid until `onDataSent` or `detachData`.
   void startData(FrameHeader header, const void* data);
@@ -130,6 +132,7 @@ class Connection {
   bool is_held_ = false;
   bool is_payload_held_ = false;
   bool is_broken_ = false;
+  bool is_ended_ = false;
 };
 
 }  // namespace dora

@@ -252,6 +252,7 @@ void Engine::close(double linger_s) {
     call([&] { is_idle = isIdle(); });
     if (!is_idle) ::usleep(1000);
   }
+  linger_s_ = linger_s;
   is_closed_ = true;
   is_stopping_ = true;
   reactor_.wake();

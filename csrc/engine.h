@@ -101,6 +101,7 @@ class Engine : public Messenger,
   void call(const Work& work);  // defers and waits
   bool tryAtOnce(const Work& work);
   void run();
+  void leave();
   void turn(double limit_s);
   double planWake(double limit_s);
   void offerLead();
@@ -126,6 +127,7 @@ class Engine : public Messenger,
   void laneEnded(Peer& peer, int lane, const std::string& reason);
   void report(const std::string& kind, std::int64_t rank, const std::string& text);
   void dropPeers(const std::string& reason, Outcome outcome);
+  void failFromAny(const std::string& reason, Outcome outcome);
 
   Media& media() override { return media_; }
   void log(double start_s, bool is_sent, std::uint32_t peer, const FrameHeader& header) override;
@@ -157,6 +159,7 @@ class Engine : public Messenger,
   double planned_wake_s_ = 0;  // when the loop goes on if nothing happens
   EngineStats counters_;
   std::atomic<bool> is_stopping_{false};
+  double linger_s_ = 0;  // set before that
 
   Lead lead_;
 

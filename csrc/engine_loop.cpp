@@ -22,10 +22,8 @@ void Engine::run() {
     turn(std::numeric_limits<double>::infinity());
     if (lead_.isWanted()) offerLead();
   }
+  leave();
   std::lock_guard<std::mutex> state(state_);
-  for (auto& [rank, peer] : peers_) peer->sayBye();
-  flushAll();
-  dialer_.stop();
   dropPeers("the engine was closed", Outcome::kClosed);
   std::vector<Work> rest;
   {
@@ -34,6 +32,28 @@ void Engine::run() {
     is_stopped_ = true;
   }
   for (Work& item : rest) item();
+}
+
+// Says goodbye, and reads until the peers have read all: the kernel drops what it has not sent yet
+// when anything of a peer meets a closed socket (TCP: RFC 1122, 1989, section 4.2.2.13).
+void Engine::leave() {
+  const std::string reason = "the engine was closed";
+  {
+    std::lock_guard<std::mutex> state(state_);
+    dialer_.stop();
+    for (auto& [rank, peer] : peers_) {
+      if (peer->state == Peer::State::kOpen) peer->leave(reason);
+      if (peer->state == Peer::State::kConnecting) losePeer(*peer, reason, Outcome::kClosed);
+    }
+    failFromAny(reason, Outcome::kClosed);
+    flushAll();
+  }
+  auto hasPeers = [this] {
+    std::lock_guard<std::mutex> state(state_);
+    return std::any_of(peers_.begin(), peers_.end(),
+                       [](const auto& entry) { return entry.second->state == Peer::State::kOpen; });
+  };
+  for (double limit_s = nowS() + linger_s_; hasPeers() && nowS() < limit_s;) turn(limit_s);
 }
 
 // Waits for what comes next, until `limit_s` at the latest, and does it. Only with the lead.

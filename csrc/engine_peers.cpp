@@ -100,10 +100,14 @@ void Engine::dropPeers(const std::string& reason, Outcome outcome) {
     if (peer->state != Peer::State::kLost) losePeer(*peer, reason, outcome);
   }
   peers_.clear();
-  for (auto& transfer : from_any_) transfer->fail(outcome, reason);
-  from_any_.clear();
+  failFromAny(reason, outcome);
   std::lock_guard<std::mutex> lock(mutex_);
   states_.clear();
+}
+
+void Engine::failFromAny(const std::string& reason, Outcome outcome) {
+  for (auto& transfer : from_any_) transfer->fail(outcome, reason);
+  from_any_.clear();
 }
 
 // ------------------------------------------------------------ connecting

@@ -136,6 +136,7 @@ void Peer::flush() {
       if (connection->sending()) connection->holdPayload(!gate_->isOpen(lane, nowS()));
     }
     connection->flush();
+    if (has_said_bye_) connection->endWriting();
   }
 }
 
@@ -189,8 +190,9 @@ void Peer::onPong(const FrameHeader& header) {
   rtt_s_ = rtt_s_ > 0 ? 0.875 * rtt_s_ + 0.125 * sample_s : sample_s;
 }
 
-void Peer::sayBye() {
-  if (has_said_bye_ || state != State::kOpen) return;
+void Peer::leave(const std::string& reason) {
+  outbox.failAll(Outcome::kClosed, reason);
+  inbox.failAll(Outcome::kClosed, reason);
   has_said_bye_ = true;
   FrameHeader bye;
   bye.type = FrameType::kBye;

@@ -68,7 +68,8 @@ class Peer : public ConnectionOwner {
   void lose(const std::string& reason, Outcome outcome = Outcome::kPeerLost);
   // Pings when silent. Returns a reason if the peer must be taken for lost.
   std::string tick(double now_s);
-  void sayBye();
+  // Fails all operations with this peer and says goodbye; its connections end when it ends them.
+  void leave(const std::string& reason);
 
   double rttS() const { return rtt_s_; }
 

@@ -174,6 +174,8 @@ std::size_t Socket::read(const Room* rooms, int num_rooms) {
   lose();
 }
 
+void Socket::endWriting() { (void)::shutdown(fd_, SHUT_WR); }
+
 void Socket::configure(double dead_s) {
   setOption(fd_, IPPROTO_TCP, TCP_NODELAY, 1);
   setOption(fd_, IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<unsigned>(dead_s * 1e3));

@@ -58,6 +58,8 @@ class Socket {
   std::size_t write(const Piece* pieces, int num_pieces);
   // How many bytes came; 0 when there is nothing now. Throws ConnectionLost, also at the end.
   std::size_t read(const Room* rooms, int num_rooms);
+  // The other side reads an end after what was written.
+  void endWriting();
 
   // No delay for small frames; the kernel gives up on unacknowledged data after `dead_s`.
   void configure(double dead_s);

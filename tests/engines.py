@@ -130,10 +130,14 @@ class Proxy:
     Args:
         port: Of the listener behind it.
         alter: (lane, offset, bytes from the caller) -> bytes to forward; lane as in HELLO.
+        buffer_bytes: Of the kernel's receive buffers; None: its choice, up to megabytes.
     """
 
     def __init__(
-        self, port: int, alter: Callable[[int, int, bytearray], bytes | bytearray] | None = None
+        self,
+        port: int,
+        alter: Callable[[int, int, bytearray], bytes | bytearray] | None = None,
+        buffer_bytes: int | None = None,
     ) -> None:
         self._target = port
         self._alter = alter
@@ -141,6 +145,8 @@ class Proxy:
         self._is_open.set()
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server((HOST, 0))
+        if buffer_bytes is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.port = self._listener.getsockname()[1]
         self.recorded: list[bytearray] = []  # from the callers, by connection
         self.rate_bytes_per_s = 0.0  # of each connection and direction; 0: no limit
@@ -197,11 +203,13 @@ def flip(lane: int, at: int) -> Callable[[int, int, bytearray], bytearray]:
 
 @contextlib.contextmanager
 def proxied(
-    alter: Callable[[int, int, bytearray], bytes | bytearray] | None = None, **options: Any
+    alter: Callable[[int, int, bytearray], bytes | bytearray] | None = None,
+    buffer_bytes: int | None = None,
+    **options: Any,
 ) -> Iterator[tuple[_C.Engine, _C.Engine, Proxy]]:
     """Engines 0 and 1; what they say to each other goes through a proxy."""
     a, b = (_C.Engine(rank, KEY, host=HOST, **options) for rank in range(2))
-    proxy = Proxy(b.port, alter)
+    proxy = Proxy(b.port, alter, buffer_bytes)
     try:
         b.connect({0: (HOST, a.port)})  # first, so that it expects the call
         a.connect({1: (HOST, proxy.port)})

@@ -220,6 +220,25 @@ def altered_payload(protection):
         return pending[0], stats["peers"][0], stats["protocol_errors"]
 
 
+@pytest.mark.parametrize("traffic_class, size", [(0, 60_000), (2, 200_000)])
+def test_what_was_sent_arrives_from_who_closes_then(traffic_class, size):
+    """Answers that meet a closed socket would make the kernel drop what it has not sent yet."""
+    with proxied(buffer_bytes=4096) as (a, b, proxy):
+        data, room = pattern(size), np.zeros(size, np.uint8)
+        pending = receive(b, room, 0, tag=1)
+        move(b, a, (1, 0), 10)  # so that `a` knows of it
+        proxy.rate_bytes_per_s = 2e5
+        assert finish(send(a, data, 1, tag=1, traffic_class=traffic_class)) == ["done"]
+        closing = threading.Thread(target=a.close, args=(10,))
+        closing.start()
+        while not pending.is_done():
+            send(b, pattern(10), 0, tag=2, traffic_class=traffic_class)
+            time.sleep(0.002)
+        closing.join()
+        assert finish(pending) == ["done"], pending.error
+        assert np.array_equal(data, room)
+
+
 def test_altered_payload_fails_one_operation_with_a_checksum():
     pending, peer, protocol_errors = altered_payload("checksum")
     assert pending.outcome == "protocol"
