@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,6 +109,7 @@ def test_blocks_without_a_holder_are_lost():
     held = placed(chain(("d0", 0, 1), ("d1", 2, 3)))
     found = migration(held, chain(("d0", 0, 3)), [10] * 4, make_cluster(), gone={"d1"})
     assert found.lost == ((2, "d0"), (3, "d0"))
+    assert found.transfer_s == inf
     assert found.moves == ()
 
 

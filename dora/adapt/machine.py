@@ -71,10 +71,11 @@ class Machine:
     def _is_free(self, found: Sequence[Forecast | None], conditions: Conditions) -> bool:
         """Returns whether to go over now, which loses an item that would take too long to end."""
         assert self._next is not None
-        if self.tally.is_between:
-            return True
+        pause_s = self.pause_of(self._next[0], conditions)
+        if self.tally.is_between or pause_s == inf:
+            return pause_s < inf
         new = self._predict(self._next[0][0], conditions)
-        again_s = inf if new is None else new.time_s + self.pause_of(self._next[0], conditions)
+        again_s = inf if new is None else new.time_s + pause_s
         if self.tally.rest_s(found[self._turn]) <= again_s:
             return False
         self.tally.restart()
@@ -142,14 +143,17 @@ class Residence:
         for plan in () if self._is_live else before:
             self.keep(plan)
 
-    def keep(self, plan: Plan) -> None:
-        """Keeps a plan's blocks where they fit beside what runs."""
+    def keep(self, plan: Plan, share: float = 1.0) -> None:
+        """Keeps the first blocks of a plan on each device, where they fit beside what runs."""
         working = [self._predict.memory_bytes(p) for p in (*self._running, plan)]
         for name, blocks in placed(plan).items():
+            if name in self.gone:
+                continue
             room = self._capacity[name] - max(need.get(name, 0.0) for need in working)
             kept = self._kept.setdefault(name, set())
             total = sum(self._sizes[b] for b in kept)
-            for block in sorted(blocks - kept):
+            arrived = sorted(blocks)[: int(share * len(blocks))]
+            for block in (b for b in arrived if b not in kept):
                 if total + self._sizes[block] <= room:
                     kept.add(block)
                     total += self._sizes[block]

@@ -9,7 +9,7 @@ network carries now (training: while nothing runs), and the time until a lost de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp
+from math import exp, inf
 from random import Random
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from dora.adapter.migrate import placed
 from dora.adapter.monitor import PROBE_S, Monitor, View
 from dora.adapter.policy import decide
 from dora.adapter.rules import Rules, Standing
-from dora.spec import Conditions, Decision, Plan
+from dora.spec import Conditions, Decision, Plan, SwitchCost
 
 # Noise of one second's measurements of a rate by the engine's statistics.
 RATE_NOISE = 0.05
@@ -42,6 +42,18 @@ class Played(NamedTuple):
     events: tuple[Event, ...]
     plans: tuple[Plan, ...]
     bank: tuple[Plan, ...] = ()
+
+
+class Fetch(NamedTuple):
+    """Weights of a plan on their way, in the background."""
+
+    plan: Plan
+    start_s: float
+    end_s: float
+
+    def share(self, now_s: float) -> float:
+        """Returns how much has arrived."""
+        return min((now_s - self.start_s) / max(self.end_s - self.start_s, 1e-9), 1.0)
 
 
 class Senses:
@@ -109,9 +121,9 @@ class _Run:
         self.machine = Machine(
             predict, bank[0], period_s=rules.period_s, pause_of=self.residence.pause_s
         )
-        # Under way: (done at, what).
+        # Under way; of switches and searches: (done at, what).
         self.switch: tuple[float, Decision] | None = None
-        self.moves: list[tuple[float, Plan]] = []
+        self.moves: list[Fetch] = []
         self.search: tuple[float, Conditions] | None = None
         self.events: list[Event] = []
         self.replans, self.is_fresh = 0, False
@@ -136,9 +148,9 @@ class _Run:
         self._decide(self.senses.observe(part, self.machine.plans), part)
 
     def _end_what_is_done(self, now_s: float) -> None:
-        for move in [move for move in self.moves if move[0] <= now_s]:
-            self.residence.keep(move[1])
-            self.moves.remove(move)
+        for fetch in self.moves:
+            self.residence.keep(fetch.plan, fetch.share(now_s))
+        self.moves = [fetch for fetch in self.moves if fetch.end_s > now_s]
         if self.switch is not None and self.switch[0] <= now_s:
             decision, self.switch = self.switch[1], None
             self.machine.switch(decision.plans, decision.weights or (1.0,))
@@ -159,25 +171,28 @@ class _Run:
         if (self.switch is not None or self.machine.is_switching) and not is_dead:
             return
         outcome = decide(self.bank, self.standing, view, self.predict, self.price, self.rules)
-        decision, self.standing = outcome.decision, outcome.standing
+        decision = outcome.decision
+        ways = [self.price(self.machine.plans, p, part.conditions) for p in decision.plans]
+        if any(way.pause_s + way.background_s == inf for way in ways):
+            return  # weights are out of reach: decides again
+        self.standing = outcome.standing
         if decision.is_replanning and self.search is None:
             self.search = view.at_s + PLANNING_S, estimated(view)
         if decision.plans:
-            self._start(decision, part)
+            self._start(decision, ways, part)
         elif not self.is_live:
             self._prepare(decision.prepare, part)
         if decision.kind != "keep":
             done = int(self.machine.tally.counts[0])
             self.events.append(event(decision, view, step=done, forecast=outcome.forecast))
 
-    def _start(self, decision: Decision, part: Segment) -> None:
+    def _start(self, decision: Decision, ways: Sequence[SwitchCost], part: Segment) -> None:
         """Begins to move what serving needs; training, and what stands still, moves at the end."""
         ready_s = part.end_s
         stands = any(self.predict(p, part.conditions) is None for p in self.machine.plans)
         if not self.is_live and not stands:
-            ways = [self.price(self.machine.plans, p, part.conditions) for p in decision.plans]
             ready_s += max(way.background_s for way in ways)
-            self.moves += [(ready_s, plan) for plan in decision.plans]
+            self.moves += [Fetch(plan, part.end_s, ready_s) for plan in decision.plans]
         self.switch = ready_s, decision
 
     def _prepare(self, plans: Sequence[Plan], part: Segment) -> None:
@@ -186,8 +201,9 @@ class _Run:
             if self.moves:
                 return
             way = self.price(self.machine.plans, plan, part.conditions)
-            if way.background_s > 0:
-                self.moves.append((part.end_s + 2 * way.background_s, plan))
+            if 0 < way.background_s < inf:
+                end_s = part.end_s + 2 * way.background_s
+                self.moves.append(Fetch(plan, part.end_s, end_s))
 
 
 def searcher(

@@ -161,7 +161,8 @@ def migration(
             for medium in paths[src, name]:
                 busy_s[medium] = busy_s.get(medium, 0.0) + block_bytes[block] * seconds[medium]
             moves.append(Move(block, src, name, block_bytes[block]))
-    return Migration(tuple(moves), tuple(lost), kept, max(busy_s.values(), default=0.0))
+    transfer_s = inf if lost else max(busy_s.values(), default=0.0)
+    return Migration(tuple(moves), tuple(lost), kept, transfer_s)
 
 
 def _paths(

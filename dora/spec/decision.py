@@ -69,9 +69,10 @@ class Migration(NamedTuple):
 
     Attributes:
         moves: In the order in which they should be made.
-        lost: Blocks that nobody holds any more; they come from a snapshot or a checkpoint.
+        lost: Blocks that nobody holds any more, or whose way is cut off; until that is better they
+            come from a snapshot or a checkpoint.
         kept_bytes: What the devices of the new placement hold already.
-        transfer_s: Least time in which the network carries the moves.
+        transfer_s: Least time in which the network carries the moves; inf if any block is lost.
     """
 
     moves: tuple[Move, ...] = ()
