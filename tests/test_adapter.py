@@ -25,6 +25,7 @@ from dora.adapt import (
     under,
 )
 from dora.adapt.forecast import STEP, scaled_profile
+from dora.adapt.machine import Residence
 from dora.adapt.tally import Tally
 from dora.adapter import (
     Arrivals,
@@ -301,13 +302,43 @@ def test_what_is_in_place_takes_over_after_a_jump(background_s, chosen):
     assert standing.plans == (chosen,)
 
 
+def test_who_is_lost_goes_where_weights_are_soon():
+    def price(running, plan, conditions):
+        return SwitchCost(background_s=80.0 if plan is PHONE else 5.0)
+
+    monitor = seen()
+    monitor.lost("box", 20.0)
+    view = monitor.view(20.0)
+    _, standing, _ = decide(BANK, Standing((BOX,)), view, takes, price, Rules(period_s=20.0))
+    assert standing.plans == (HUB,)
+
+
+@pytest.mark.parametrize(
+    ("ages_s", "is_made"), [((), True), ((10.0,), False), ((10.0, 20.0), False), ((4000.0,), True)]
+)
+def test_what_has_failed_is_not_gone_back_to_as_soon(ages_s, is_made):
+    failed = tuple(("phone", 25.0 - age_s) for age_s in ages_s)
+    rules = Rules(horizon_s=2.0)
+    made, _ = settle(seen(), Standing((BOX,), failed=failed), 20.0, rules=rules)
+    assert [d.kind for d in made] == ["switch"] * is_made
+
+
+def test_what_was_left_because_it_was_late_has_failed():
+    monitor = seen()
+    show(monitor, 20, 5, phone=0.5)
+    _, standing = settle(monitor, Standing((PHONE,)), 25.0)
+    assert [name for name, _ in standing.failed] == ["phone"]
+    _, standing = settle(seen(), Standing((BOX,)), 20.0)
+    assert standing.failed == ()
+
+
 def slow(running, plan, conditions) -> SwitchCost:
     return SwitchCost(pause_s=9.0)
 
 
 @pytest.mark.parametrize(
     ("paused_s", "since_s", "is_made"),
-    [(12.0, 5.0, False), (12.0, 600.0, True), (9.0, 5.0, False), (0.0, 5.0, True)],
+    [(12.0, 5.0, False), (12.0, 600.0, True), (11.5, 5.0, False), (0.0, 5.0, True)],
 )
 def test_switches_pause_within_a_budget(paused_s, since_s, is_made):
     standing = Standing((BOX,), paused_s=paused_s, switched_s=30.0 - since_s)
@@ -741,3 +772,22 @@ def test_moves_are_priced_by_what_is_in_place():
     assert near.background_s == 0.0
     slow = nothing((bank[0],), bank[2], Conditions.of({"wifi": 0.1}))
     assert slow.background_s == pytest.approx(10 * far.background_s)
+
+
+def test_weights_that_were_fetched_in_part_are_kept_in_part():
+    predict, bank = make_problem()
+    plan = bank[2]
+    (name, blocks), *_ = placed(plan).items()
+    residence = Residence(predict, (bank[0],))
+    residence.keep(plan, 0.5)
+    assert len(residence.held()[name] & blocks) == len(blocks) // 2
+    residence.lose(frozenset({name}))
+    residence.keep(plan)
+    assert name not in residence.held()
+
+
+def test_no_weights_cross_a_medium_that_carries_nothing():
+    predict, bank = make_problem()
+    residence = Residence(predict, (bank[0],))
+    assert residence.pause_s((bank[2],), Conditions()) < inf
+    assert residence.pause_s((bank[2],), Conditions.of({"wifi": 0.0})) == inf

@@ -44,6 +44,8 @@ FAILING = 2
 # some percent off. Without it, a job under other traffic on the testbed first went over to such a
 # plan, and left its devices only 4 s later.
 ALIKE = 1.15
+# What has failed is forgotten after so many horizons.
+MEMORY_HORIZONS = 6
 # Before that many observations, noise is guessed: no reason to leave a plan that does so far.
 KNOWN = 8
 
@@ -89,6 +91,8 @@ def decide(
     """
     if standing.switched_s == -inf:  # there is no budget before anything has gone well
         standing = standing._replace(paused_s=_budget_s(rules), switched_s=view.at_s)
+    since_s = view.at_s - MEMORY_HORIZONS * rules.horizon_s
+    standing = standing._replace(failed=tuple(f for f in standing.failed if f[1] >= since_s))
     scenarios = [conditions(view, node) for node in NODES]
     scores = _scores(bank, standing, view, scenarios, predict, rules)
     if len(standing.plans) == 1 and view.num_items:
@@ -243,11 +247,12 @@ def _best_switch(
         # What has lasted for that long also outlasts the way there with this probability (Gott,
         # Implications of the Copernican principle for our future prospects, Nature 1993).
         lasts = horizon_s / (horizon_s + way.background_s)
-        items = max(lasts * horizon_s / max(step_s, 1e-6), 1.0)
+        items = max(lasts * horizon_s / max(step_s, 1e-6), lasts if is_dead else 1.0)
         late_s = _late_s(way, each)
         usual_s = step_s if rules.period_s else max(step_s, _bound_s(each))
+        cost = _cost_of(way, each, rules) + rules.penalty * _relapse(each.plan, standing)
         missed = max(late_s / usual_s, 1.0) if late_s else 0.0
-        cost = _cost_of(way, each, rules) + missed * (1 if late_s <= free_s else rules.penalty)
+        cost += missed * (1 if late_s <= free_s else rules.penalty)
         net = items * (gain - rules.caution * regret) - (1 + rules.margin) * cost
         if net > best_net or (is_dead and best is None):
             best_net = net
@@ -260,8 +265,12 @@ def _best_switch(
 
 
 def _time_s(running: Iterable[Score]) -> float:
-    """Returns the seconds of an item of the fastest of those plans."""
-    return min((s.median.time_s for s in running if s.median), default=1.0)
+    """Returns the seconds of an item of the fastest of those plans, or what bounds them.
+
+    An item that is late counts as all that should have been done meanwhile.
+    """
+    able = [s for s in running if s.median]
+    return min((min(s.median.time_s, _bound_s(s)) for s in able if s.median), default=1.0)
 
 
 def _regret(each: Score, running: Sequence[Score], weights: Sequence[float]) -> float:
@@ -278,6 +287,17 @@ def _cost_of(way: SwitchCost, each: Score, rules: Rules) -> float:
     assert each.median is not None
     value = each.median.value(rules.objective) or 1.0
     return (way.energy_j if rules.objective == "energy" else way.pause_s) / value
+
+
+def _relapse(plan: Plan, standing: Standing) -> float:
+    """Returns how probably what a plan brings back into use, and has failed before, fails again.
+
+    That costs an item at least. Without it, a job on a radio that vanished for a second or two
+    again and again went back to it each time, for a few percent of energy.
+    """
+    names = [name for name, _ in standing.failed]
+    times = max(map(names.count, _names(plan) - _used(standing)), default=0)
+    return times / (times + 1)
 
 
 def _bound_s(each: Score) -> float:
@@ -316,7 +336,7 @@ def _act(
     running: Sequence[Score],
 ) -> tuple[Decision, Standing]:
     """Switches if the plan has won often enough; else keeps, or orders transfers anew."""
-    used = {name for plan in standing.plans for name in _names(plan)}
+    used = _used(standing)
     has_changed = bool(view.changed & used)
     is_bad = any(s.median is None or s.median.worst > CLEARLY for s in running)
     is_bad = is_bad or (view.num_items >= FAILING and view.late > 0.5)
@@ -329,6 +349,8 @@ def _act(
         wins = standing.wins + 1 if plan == standing.candidate else 1
         if has_changed or is_bad or wins >= rules.confirm:
             kind: DecisionKind = "shift" if _is_shift(standing.plans, plan) else "switch"
+            has_failed = any(s.late > 0.5 for s in running) and not view.gone & used
+            left = sorted(used - _names(plan)) if has_failed else ()
             chosen = standing._replace(
                 plans=(plan,),
                 weights=(1.0,),
@@ -336,6 +358,7 @@ def _act(
                 wins=0,
                 paused_s=min(_used_s(standing, view, rules) + best.pause_s, _budget_s(rules)),
                 switched_s=view.at_s,
+                failed=(*standing.failed, *((name, view.at_s) for name in left)),
             )
             return Decision(kind=kind, reason=reason, plans=(plan,)), chosen
         chosen = standing._replace(candidate=plan, wins=wins)
@@ -349,6 +372,10 @@ def _act(
 
 def _is_shift(before: Sequence[Plan], after: Plan) -> bool:
     return len(before) == 1 and placed(before[0]) == placed(after)
+
+
+def _used(standing: Standing) -> set[str]:
+    return {name for plan in standing.plans for name in _names(plan)}
 
 
 def _names(plan: Plan) -> set[str]:

@@ -67,6 +67,7 @@ class Standing(NamedTuple):
         candidate, wins: The plan that would be better, and how often in a row.
         paused_s, switched_s: Of the budget, how much was used when the last switch was decided, and
             when that was; of the first decision, all of it.
+        failed: Devices and media that were left because items were late, each with when.
         gone: Devices that were away at the last decision.
         replanned_s, patience_s: Of the last search, and how long until the next one.
     """
@@ -77,6 +78,7 @@ class Standing(NamedTuple):
     wins: int = 0
     paused_s: float = 0.0
     switched_s: float = -inf
+    failed: tuple[tuple[str, float], ...] = ()
     gone: frozenset[str] = frozenset()
     replanned_s: float = -inf
     patience_s: float = 0.0
