@@ -39,6 +39,8 @@ _RATES_BYTES_PER_S = (2e5, 5e6)
 _MAX_GROWTH_BYTES = 64 << 20
 # A snapshot is taken beside the steps, and takes longer than one on the slowest of those networks.
 _MOST_LOST = 10
+# Of all ranks together, after the last of them has come back.
+_STEPS_SETTLED = 10
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(DURATION_S + 400)]
 
@@ -164,8 +166,8 @@ def check_losses(facts: dict[str, Any]) -> None:
 
 
 def check_resources(used: list[tuple[int, int, int]], settled: int) -> None:
-    """Compares the last steps with some after all ranks have been away once."""
-    early, late = used[settled : settled + 20], used[-20:]
+    """Compares the last steps with some with all ranks there, after each has been away once."""
+    early, late = used[settled - _STEPS_SETTLED : settled], used[-20:]
     for name, column in (("threads", 0), ("files", 1)):
         least = min(row[column] for row in late)
         assert least <= max(row[column] for row in early), (name, early[-1], late[-1])
@@ -187,7 +189,7 @@ def test_training_survives_whatever_happens(tmp_path):
         start_s = time.monotonic()
         for rank in (1, 2):
             churn.kill(rank)
-            reach(tmp_path, step_of(tmp_path) + 10)
+            reach(tmp_path, step_of(tmp_path) + _STEPS_SETTLED)
         settled = step_of(tmp_path)
         try:
             while time.monotonic() - start_s < DURATION_S:
