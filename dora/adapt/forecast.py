@@ -33,6 +33,7 @@ from dora.spec import (
     Conditions,
     Device,
     Forecast,
+    Link,
     ModelProfile,
     Plan,
     PowerMode,
@@ -79,11 +80,11 @@ class Predictor:
         self.limits: tuple[Limit, ...] = tuple(
             limit for limit in found if limit.field != "max_accuracy_loss"
         )
-        self._names = frozenset(d.name for d in cluster.devices) | frozenset(
-            m.name for m in cluster.media
-        )
         self._known: dict[int, _Known] = {}
         self._settings: dict[int, Setting] = {}
+        # Of the plans that were asked about: on a campus those are few.
+        self._names: frozenset[str] = frozenset()
+        self._links: dict[tuple[str, str], Link] = {}
         self._scaled: dict[Conditions, tuple[tuple[Device, ...], Any]] = {}
         # By id, with what keeps the id its own: rounded conditions, by the names they are for.
         self._asked: dict[int, tuple[Conditions, dict[frozenset[str], Conditions]]] = {}
@@ -96,7 +97,7 @@ class Predictor:
             return None
         touched = self._rounded(conditions, known.touched)
         if touched not in known.answers:
-            # On the network of all names, which the plans of one decision share.
+            # On the network of all names in use, which the plans of one decision share.
             every = self._rounded(conditions, self._names)
             known.answers[touched] = self._price(known, every)
         return known.answers[touched]
@@ -155,21 +156,26 @@ class Predictor:
             layout = None
         else:
             peaks = evaluate(layout, base, step).peak_bytes
-        known = _Known(plan, layout, base, self._touched(plan), peaks, {})
+        known = _Known(plan, layout, base, self._touch(plan), peaks, {})
         self._known[id(plan)] = known
         return known
 
-    def _touched(self, plan: Plan) -> frozenset[str]:
+    def _touch(self, plan: Plan) -> frozenset[str]:
+        """Returns the devices and media of a plan, which networks have from now on."""
         devices = set(placed(plan))
         if self.workload.source is not None:
             devices.add(self.workload.source)
-        media = {
-            name
+        links = {
+            (link.src, link.dst): link
             for link in self.cluster.links
-            if {link.src, link.dst} <= devices
-            for name in link.media
+            if link.src in devices and link.dst in devices
         }
-        return frozenset(devices | media)
+        names = frozenset(devices | {name for link in links.values() for name in link.media})
+        if not (names <= self._names and links.keys() <= self._links.keys()):
+            self._names, self._links = self._names | names, self._links | links
+            self._scaled.clear()
+            self._asked.clear()
+        return names
 
     def _price(self, known: _Known, conditions: Conditions) -> Forecast | None:
         factors = dict(conditions.factors)
@@ -195,7 +201,8 @@ class Predictor:
         if conditions not in self._scaled:
             if len(self._scaled) >= MAX_KNOWN:
                 del self._scaled[next(iter(self._scaled))]
-            scaled = under(self.cluster, conditions)
+            used = self.cluster.model_copy(update={"links": tuple(self._links.values())})
+            scaled = under(used, conditions)
             names = [device.name for device in self.cluster.devices]
             self._scaled[conditions] = scaled.devices, network_of(scaled, names)
         return self._scaled[conditions]

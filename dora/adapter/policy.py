@@ -9,6 +9,7 @@ changed, the same plan has to win more than once. That is the hysteresis.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, log
 from typing import NamedTuple
@@ -295,8 +296,9 @@ def _relapse(plan: Plan, standing: Standing) -> float:
     That costs an item at least. Without it, a job on a radio that vanished for a second or two
     again and again went back to it each time, for a few percent of energy.
     """
-    names = [name for name, _ in standing.failed]
-    times = max(map(names.count, _names(plan) - _used(standing)), default=0)
+    failed = Counter(name for name, _ in standing.failed)
+    back = failed.keys() & _names(plan) - _used(standing) if failed else ()
+    times = max((failed[name] for name in back), default=0)
     return times / (times + 1)
 
 
