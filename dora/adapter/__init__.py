@@ -43,6 +43,7 @@ score.py     what a plan is worth under uncertain conditions
 shares.py    reshared: shares that follow the speeds
 rules.py     Rules, Standing: how the policy weighs, and what it remembers
 policy.py    decide: View, Standing, bank -> Decision
+switch.py    best_switch: what each gains and costs, and which one pays most
 mixing.py    mix: the part of it for averages and percentiles
 compose.py   compose: mixes by a linear program; next_turn, turns, phases: how to take turns
 migrate.py   migration: moves from one placement to another; twins, relabelled, remaining

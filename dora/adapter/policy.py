@@ -9,8 +9,7 @@ changed, the same plan has to win more than once. That is the hysteresis.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, log
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ from dora.adapter.rules import MemoryOf, Price, Rules, Standing
 from dora.adapter.score import (
     MEDIAN,
     NODES,
-    WEIGHTS,
     Score,
     conditions,
     forecasts,
@@ -30,11 +28,10 @@ from dora.adapter.score import (
     unit_of,
 )
 from dora.adapter.shares import reshared
-from dora.spec import Conditions, Decision, Forecast, Plan, Predict, SwitchCost
+from dora.adapter.switch import Switch, best_switch, budget_s, names_in_use, names_of, used_s
+from dora.spec import Conditions, Decision, Forecast, Plan, Predict
 from dora.spec.decision import DecisionKind
 
-# Even in a storm the next few seconds are much like the last.
-LEAST_HORIZON_S = 5.0
 # Predictions count as that many items beside those that were seen to keep the bounds or not.
 PREDICTED_ITEMS = 5.0
 # A plan that is predicted that far over its bound is left without waiting for more.
@@ -49,14 +46,6 @@ ALIKE = 1.15
 MEMORY_HORIZONS = 6
 # Before that many observations, noise is guessed: no reason to leave a plan that does so far.
 KNOWN = 8
-
-
-class Switch(NamedTuple):
-    """The switch that pays most: to what, why, and how long no item can be on time."""
-
-    to: Score
-    reason: str
-    pause_s: float
 
 
 class Outcome(NamedTuple):
@@ -91,7 +80,7 @@ def decide(
         toll: Of handing over between the plans of a mix.
     """
     if standing.switched_s == -inf:  # there is no budget before anything has gone well
-        standing = standing._replace(paused_s=_budget_s(rules), switched_s=view.at_s)
+        standing = standing._replace(paused_s=budget_s(rules), switched_s=view.at_s)
     since_s = view.at_s - MEMORY_HORIZONS * rules.horizon_s
     standing = standing._replace(failed=tuple(f for f in standing.failed if f[1] >= since_s))
     scenarios = [conditions(view, node) for node in NODES]
@@ -100,7 +89,7 @@ def decide(
         experienced(scores, scores[id(standing.plans[0])], view, rules)
     running = [scores[id(plan)] for plan in standing.plans]
     now = sum(w * s.cost for w, s in zip(standing.weights, running, strict=True))
-    best = _best_switch(scores, standing, now, scenarios, price, rules, view)
+    best = best_switch(scores, standing, now, scenarios, price, rules, view)
     is_new_world = view.gone != standing.gone
     is_replanning = _should_replan(scores, standing, view, is_new_world, rules)
     mixed = None
@@ -221,115 +210,6 @@ def _uses(plan: Plan, name: str) -> bool:
     return any(r.device == name for stage in plan.stages for r in stage.replicas)
 
 
-def _best_switch(
-    scores: dict[int, Score],
-    standing: Standing,
-    now: float,
-    scenarios: Sequence[Conditions],
-    price: Price,
-    rules: Rules,
-    view: View,
-) -> Switch | None:
-    """Returns the switch that pays most; None if none pays."""
-    running = [scores[id(plan)] for plan in standing.plans]
-    horizon_s = min(max(view.calm_s, rules.period_s, LEAST_HORIZON_S), rules.horizon_s)
-    best, best_net = None, 0.0
-    free_s = _free_s(standing, view, rules)
-    is_dead = any(s.median is None for s in running)
-    step_s = max(rules.period_s, _time_s(scores.values() if is_dead else running))
-    for each in scores.values():
-        if each.median is None or each.plan in standing.plans:
-            continue
-        gain = now - each.cost
-        if gain <= rules.least_gain * now:
-            continue
-        regret = _regret(each, running, standing.weights)
-        way = price(standing.plans, each.plan, scenarios[MEDIAN])
-        # What has lasted for that long also outlasts the way there with this probability (Gott,
-        # Implications of the Copernican principle for our future prospects, Nature 1993).
-        lasts = horizon_s / (horizon_s + way.background_s)
-        items = max(lasts * horizon_s / max(step_s, 1e-6), lasts if is_dead else 1.0)
-        late_s = _late_s(way, each)
-        usual_s = step_s if rules.period_s else max(step_s, _bound_s(each))
-        cost = _cost_of(way, each, rules) + rules.penalty * _relapse(each.plan, standing)
-        missed = max(late_s / usual_s, 1.0) if late_s else 0.0
-        cost += missed * (1 if late_s <= free_s else rules.penalty)
-        net = items * (gain - rules.caution * regret) - (1 + rules.margin) * cost
-        if net > best_net or (is_dead and best is None):
-            best_net = net
-            reason = (
-                f"saves {gain:.3g} of {now:.3g} per item over {items:.3g} items, "
-                f"the way costs {cost:.3g} ({way.pause_s:.3g} s)"
-            )
-            best = Switch(each, reason, late_s)
-    return best
-
-
-def _time_s(running: Iterable[Score]) -> float:
-    """Returns the seconds of an item of the fastest of those plans, or what bounds them.
-
-    An item that is late counts as all that should have been done meanwhile.
-    """
-    able = [s for s in running if s.median]
-    return min((min(s.median.time_s, _bound_s(s)) for s in able if s.median), default=1.0)
-
-
-def _regret(each: Score, running: Sequence[Score], weights: Sequence[float]) -> float:
-    """Returns what a plan costs more in the scenarios in which it is the worse one."""
-    total = 0.0
-    for k, weight in enumerate(WEIGHTS):
-        current = sum(w * s.costs[k] for w, s in zip(weights, running, strict=True))
-        total += weight * max(0.0, each.costs[k] - current)
-    return total
-
-
-def _cost_of(way: SwitchCost, each: Score, rules: Rules) -> float:
-    """Returns what a switch costs by itself, in units."""
-    assert each.median is not None
-    value = each.median.value(rules.objective) or 1.0
-    return (way.energy_j if rules.objective == "energy" else way.pause_s) / value
-
-
-def _relapse(plan: Plan, standing: Standing) -> float:
-    """Returns how probably what a plan brings back into use, and has failed before, fails again.
-
-    That costs an item at least. Without it, a job on a radio that vanished for a second or two
-    again and again went back to it each time, for a few percent of energy.
-    """
-    failed = Counter(name for name, _ in standing.failed)
-    back = failed.keys() & _names(plan) - _used(standing) if failed else ()
-    times = max((failed[name] for name in back), default=0)
-    return times / (times + 1)
-
-
-def _bound_s(each: Score) -> float:
-    """Returns in which time an item has to be done; inf if nothing bounds it."""
-    assert each.median is not None
-    return each.median.time_s / each.median.worst if each.median.worst else inf
-
-
-def _late_s(way: SwitchCost, each: Score) -> float:
-    """Returns how long no item can be on time: all of a pause that its bounds leave no room for."""
-    assert each.median is not None
-    return way.pause_s if way.pause_s > _bound_s(each) - each.median.time_s else 0.0
-
-
-def _free_s(standing: Standing, view: View, rules: Rules) -> float:
-    """Returns how long a switch may pause within the budget, which late items use up."""
-    if view.late > rules.budget:
-        return 0.0
-    return _budget_s(rules) - _used_s(standing, view, rules)
-
-
-def _budget_s(rules: Rules) -> float:
-    return rules.budget * rules.horizon_s
-
-
-def _used_s(standing: Standing, view: View, rules: Rules) -> float:
-    """Returns how much of the budget earlier switches have used; it comes back with time."""
-    return max(standing.paused_s - rules.budget * (view.at_s - standing.switched_s), 0.0)
-
-
 def _act(
     best: Switch | None,
     standing: Standing,
@@ -338,7 +218,7 @@ def _act(
     running: Sequence[Score],
 ) -> tuple[Decision, Standing]:
     """Switches if the plan has won often enough; else keeps, or orders transfers anew."""
-    used = _used(standing)
+    used = names_in_use(standing)
     has_changed = bool(view.changed & used)
     is_bad = any(s.median is None or s.median.worst > CLEARLY for s in running)
     is_bad = is_bad or (view.num_items >= FAILING and view.late > 0.5)
@@ -352,13 +232,13 @@ def _act(
         if has_changed or is_bad or wins >= rules.confirm:
             kind: DecisionKind = "shift" if _is_shift(standing.plans, plan) else "switch"
             has_failed = any(s.late > 0.5 for s in running) and not view.gone & used
-            left = sorted(used - _names(plan)) if has_failed else ()
+            left = sorted(used - names_of(plan)) if has_failed else ()
             chosen = standing._replace(
                 plans=(plan,),
                 weights=(1.0,),
                 candidate=None,
                 wins=0,
-                paused_s=min(_used_s(standing, view, rules) + best.pause_s, _budget_s(rules)),
+                paused_s=min(used_s(standing, view, rules) + best.pause_s, budget_s(rules)),
                 switched_s=view.at_s,
                 failed=(*standing.failed, *((name, view.at_s) for name in left)),
             )
@@ -374,17 +254,6 @@ def _act(
 
 def _is_shift(before: Sequence[Plan], after: Plan) -> bool:
     return len(before) == 1 and placed(before[0]) == placed(after)
-
-
-def _used(standing: Standing) -> set[str]:
-    return {name for plan in standing.plans for name in _names(plan)}
-
-
-def _names(plan: Plan) -> set[str]:
-    """Returns the devices that a plan uses, and the media that its links name."""
-    devices = {r.device for stage in plan.stages for r in stage.replicas}
-    media = {m for link in plan.links if {link.src, link.dst} & devices for m in link.media}
-    return devices | media
 
 
 def _should_replan(
