@@ -33,7 +33,17 @@ def best_switch(
     rules: Rules,
     view: View,
 ) -> Switch | None:
-    """Returns the switch that pays most; None if none pays."""
+    """Returns the switch that pays most; None if none pays.
+
+    Args:
+        scores: Of the plans to choose from and of what runs, by id.
+        standing: What runs.
+        now: What an item costs with it.
+        scenarios: Conditions in which the scores were found.
+        price: What a switch costs.
+        rules: See `Rules`.
+        view: From the monitor.
+    """
     running = [scores[id(plan)] for plan in standing.plans]
     horizon_s = min(max(view.calm_s, rules.period_s, LEAST_HORIZON_S), rules.horizon_s)
     best, best_net = None, 0.0
@@ -50,6 +60,7 @@ def best_switch(
         way = price(standing.plans, each.plan, scenarios[MEDIAN])
         # What has lasted for that long also outlasts the way there with this probability (Gott,
         # Implications of the Copernican principle for our future prospects, Nature 1993).
+        # Who runs nothing meanwhile feels it even where less than one item is in the horizon.
         lasts = horizon_s / (horizon_s + way.background_s)
         items = max(lasts * horizon_s / max(step_s, 1e-6), lasts if is_dead else 1.0)
         late_s = _late_s(way, each)
