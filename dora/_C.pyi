@@ -224,7 +224,7 @@ class Engine:
             (start_s, end_s, was it sent, peer, type, class, group, tag, seq, offset, length).
         """
     def close(self, linger_s: float = 1.0) -> None:
-        """Waits up to `linger_s` for sends to leave, then as long for the peers to read them."""
+        """Lets sends leave, and be read, for up to `linger_s` each; fails the rest."""
 
 class Buckets:
     """Media of an emulated network, in a file that its processes map; see csrc/bucket.h.

@@ -152,9 +152,8 @@ class Residence:
             room = self._capacity[name] - max(need.get(name, 0.0) for need in working)
             kept = self._kept.setdefault(name, set())
             total = sum(self._sizes[b] for b in kept)
-            arrived = sorted(blocks)[: int(share * len(blocks))]
-            for block in (b for b in arrived if b not in kept):
-                if total + self._sizes[block] <= room:
+            for block in sorted(blocks)[: int(share * len(blocks))]:
+                if block not in kept and total + self._sizes[block] <= room:
                     kept.add(block)
                     total += self._sizes[block]
 

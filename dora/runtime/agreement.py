@@ -52,10 +52,7 @@ class Agreement:
         return int(value)
 
     def gather(self, data: bytes, action: str) -> list[bytes]:
-        """Returns the bytes of every member, in their order.
-
-        They go before snapshots, and like those over the connection of bulk.
-        """
+        """Returns the bytes of every member, in their order; they go before snapshots."""
         sizes = [int(row[0]) for row in self.rows([len(data)], action)]
         parts = []
         for rank, size in zip(self.members, sizes, strict=True):

@@ -336,7 +336,7 @@ class Communicator:
         return self._turns
 
     def close(self, linger_s: float = _EXIT_LINGER_S) -> None:
-        """Lets sends leave for up to `linger_s`, then peers read them; may be repeated."""
+        """Lets sends leave, and be read, for `linger_s` each; fails the rest; may be repeated."""
         if os.getpid() != self._pid:
             return
         with self._lock:
